@@ -1,0 +1,49 @@
+# make demo | make test | make test-all | make lint | make docs | make clean
+# PYTHON names another interpreter for the environment, e.g. make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q
+
+.PHONY: demo test test-all lint docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/megaxelm run recipes/demo.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.demo
+	$(BIN)/megaxelm recipe docs > docs/recipe.md
+
+# A torch that PYTHON already has is used (the environment then sees PYTHON's packages); otherwise the pinned one is fetched first.
+$(VENV)/.torch:
+	@tools/check_system.sh $(PYTHON)
+	@if $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)' 2>/dev/null; then \
+	    echo "using the torch that $(PYTHON) has"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	    echo "fetching $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(PIP) $(TORCH); \
+	fi
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.py
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,302 @@
+"""`megaxelm <verb>`: thin functions, one a verb. Verbs that make take a RECIPE, verbs that use take a RUN directory.
+
+A mistake of the user (MegaxelmError) is printed without a traceback and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaxelm import __version__
+from megaxelm.errors import MegaxelmError, StageError
+from megaxelm.recipe import Recipe, dump_recipe, load_recipe, recipe_docs
+from megaxelm.run import RunFolder
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train, mix and grow X-ELM language models."
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Divide the corpus among experts.")
+index_app = typer.Typer(no_args_is_help=True, help="Look at token indexes.")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(cluster_app, name="cluster")
+app.add_typer(index_app, name="index")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the recipe of one.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. --set train.lr=2e-3. Repeatable.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the run directories.")]
+_RUNS = Path("runs")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"megaxelm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    until: Annotated[str | None, typer.Option(help="Last stage to make.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Make this stage and those after it, even when fresh.")] = None,
+    only: Annotated[str | None, typer.Option(help="Make this stage alone.")] = None,
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Make what is missing or stale of a run, from the corpus to the report."""
+    from megaxelm.stages import Stages
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = RunFolder(runs / loaded.name)
+    made = Stages(folder, loaded).run(until=until, start=start, only=only)
+    if not made:
+        print(f"{folder.path}: everything is up to date; nothing to do")
+    if (folder.path / "evaluation" / "results.json").exists() and made and until is None:
+        _print_table(folder)
+    if (folder.path / "report" / "index.html").exists():
+        print(f"report: {folder.path}/report/index.html")
+
+
+@app.command()
+def train(
+    run: RunArgument,
+    expert: Annotated[
+        str | None, typer.Option(help="seed, dense, or a cluster's name; its parents are trained if they have to be. Default: all.")
+    ] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Train models of a run whose token index is made."""
+    from megaxelm.stages import Stages
+    from megaxelm.train.members import find_member
+
+    folder, recipe = _open_run(run, overrides, runs)
+    stages = Stages(folder, recipe)
+    if expert is not None:
+        find_member(stages.members(), expert)
+    made = stages.train_models(expert)
+    if not made:
+        print("trained already and fresh; nothing to do")
+
+
+@app.command()
+def evaluate(run: RunArgument, overrides: SetOption = None, runs: RunsOption = _RUNS) -> None:
+    """Bits per byte and perplexity by language of seed, dense, experts and mixtures; made again only when stale."""
+    from megaxelm.stages import Stages
+
+    folder, recipe = _open_run(run, overrides, runs)
+    Stages(folder, recipe).make_one("ensemble")
+    Stages(folder, recipe).make_one("evaluation")
+    _print_table(folder)
+
+
+@app.command()
+def report(run: RunArgument, runs: RunsOption = _RUNS) -> None:
+    """Write the HTML report of an evaluated run again."""
+    from megaxelm.stages import Stages
+
+    folder, recipe = _open_run(run, None, runs)
+    Stages(folder, recipe).run(only="report")
+    print(f"report: {folder.path}/report/index.html")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    expert: Annotated[str, typer.Option(help="seed, dense, or a cluster's name.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Write a trained model as a Hugging Face checkpoint with its tokenizer, reload it and compare logits."""
+    folder, _ = _open_run(run, None, runs)
+    source = _trained(folder, expert)
+    from megaxelm.corpus.tokenizer import Tokenizer
+    from megaxelm.model.export import export_checkpoint
+    from megaxelm.train.loop import sample_texts
+
+    export_checkpoint(source, output, dtype, sample_texts(folder, Tokenizer.load(folder.folder("tokenizer"))))
+    print(f"{output}: a Hugging Face checkpoint of `{expert}` in {dtype}; reloaded, and its logits agree")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or an ensemble folder that was moved.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue. Repeatable.")],
+    language: Annotated[str | None, typer.Option(help="Language of the prompts, for the language router.")] = None,
+    expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture.")] = None,
+    router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
+    top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens that holds this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Write on from prompts with the mixture of experts."""
+    from megaxelm.ensemble.folder import load_ensemble
+    from megaxelm.ensemble.generation import generate as write_on
+
+    ensemble = load_ensemble(run if (run / "config.json").exists() else run / "ensemble")
+    results = write_on(
+        ensemble,
+        prompt,
+        languages=[language] * len(prompt),
+        expert=expert,
+        router=router,
+        top_m=top_m,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for text, result in zip(prompt, results, strict=True):
+        print(f"{text}{result.text}")
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in result.mean_weights().items() if weight >= 0.005)
+        print(f"  [{len(result.token_ids)} tokens; mean weights: {weights}]", file=sys.stderr)
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Print the resolved recipe, every default written out."""
+    print(dump_recipe(load_recipe(recipe, overrides or ())), end="")
+
+
+@recipe_app.command("check")
+def recipe_check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Check a recipe without running it, and print what it would train."""
+    from megaxelm.train.members import account_text, plan_members
+
+    loaded = load_recipe(recipe, overrides or ())
+    print(f"{recipe}: valid")
+    k = loaded.clusters.k or (len(loaded.corpus.languages) if loaded.corpus.languages else None)
+    if k is None:
+        print("one expert a language; how many there are is known when the corpus has been read")
+    else:
+        print(account_text(plan_members(loaded, [f"cluster-{number}" for number in range(k)])))
+
+
+@recipe_app.command("docs")
+def recipe_docs_command() -> None:
+    """Print the reference of all fields (docs/recipe.md)."""
+    print(recipe_docs(), end="")
+
+
+@cluster_app.command("make")
+def cluster_make(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = _RUNS) -> None:
+    """Make the clusters of a recipe, and what they need."""
+    from megaxelm.stages import Stages
+
+    loaded = load_recipe(recipe, overrides or ())
+    Stages(RunFolder(runs / loaded.name), loaded).run(until="clusters")
+
+
+@cluster_app.command("show")
+def cluster_show(run: RunArgument, runs: RunsOption = _RUNS) -> None:
+    """Print the clusters of a run."""
+    from megaxelm.cluster.stage import show_report
+    from megaxelm.files import read_json
+
+    folder, _ = _open_run(run, None, runs)
+    show_report(read_json(folder.folder("clusters") / "report.json"))
+
+
+@cluster_app.command("donors")
+def cluster_donors(
+    languages: Annotated[list[str], typer.Argument(help="Languages that need a donor.")],
+    among: Annotated[
+        str, typer.Option(help="Languages that have experts, with commas.")
+    ] = "ar,bg,de,el,en,es,fr,hi,ja,ko,ru,sw,tr,ur,vi,zh",
+) -> None:
+    """Print the nearest relatives of languages, by typology."""
+    from megaxelm.cluster.typology import donors
+
+    for language, near in donors(languages, among.split(",")):
+        print(f"{language}: " + "  ".join(f"{known} {distance:.4f}" for known, distance in near))
+
+
+@index_app.command("make")
+def index_make(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = _RUNS) -> None:
+    """Make the token index of a recipe, and what it needs."""
+    from megaxelm.stages import Stages
+
+    loaded = load_recipe(recipe, overrides or ())
+    Stages(RunFolder(runs / loaded.name), loaded).run(until="index")
+
+
+@index_app.command("verify")
+def index_verify(run: RunArgument, runs: RunsOption = _RUNS) -> None:
+    """Read every token index of a run through, and compare it with its manifest."""
+    from megaxelm.corpus.build import verify_index
+
+    folder, _ = _open_run(run, None, runs)
+    for line in verify_index(folder.folder("index")):
+        print(line)
+
+
+def _open_run(path: Path, overrides: list[str] | None, runs: Path) -> tuple[RunFolder, Recipe]:
+    """A run directory with its stored recipe, or the run directory of a recipe."""
+    if path.is_dir():
+        folder = RunFolder(path)
+        folder.recipe()
+        return folder, load_recipe(path / "recipe.yaml", overrides or ())
+    recipe = load_recipe(path, overrides or ())
+    folder = RunFolder(runs / recipe.name)
+    if not folder.path.exists():
+        raise StageError(f"{folder.path}: this recipe has not been run yet: megaxelm run {path}")
+    return folder, recipe
+
+
+def _trained(folder: RunFolder, name: str) -> Path:
+    experts = folder.path / "experts"
+    trained = sorted(path.name for path in experts.iterdir() if (path / "export").exists()) if experts.exists() else []
+    if name not in trained:
+        raise StageError(f"--expert {name}: not trained in {folder.path}; trained are: {', '.join(trained) or 'none yet'}")
+    return experts / name / "export"
+
+
+def _print_table(folder: RunFolder) -> None:
+    from megaxelm.evaluate.table import print_table
+    from megaxelm.files import read_json
+
+    print_table(read_json(folder.path / "evaluation" / "results.json"))
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    try:
+        command()
+    except MegaxelmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished stays, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}: free some space and start the same command again; what was finished stays", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `megaxelm` command."""
+    sys.exit(_guarded(lambda: app()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The stages of a run in order, what each is made from, and the runner that makes what is missing or stale.
+
+`Stages(run, recipe).run(...)` is what `megaxelm run` does. A stage is one unit (a folder), but `experts` is one unit a model. What
+a unit is made from follows from the recipe and, for the experts, from the clusters on disk, so it is computed stage by stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaxelm.errors import StageError
+from megaxelm.files import hash_file, read_json, write_json
+from megaxelm.recipe import Recipe, result_settings
+from megaxelm.run import MadeFrom, RunFolder
+from megaxelm.train.members import Member, account, account_text, find_member, member_settings, plan_members
+
+STAGES = ("corpus", "tokenizer", "clusters", "index", "seed", "experts", "ensemble", "evaluation", "report")
+_STAGE_VERSION = 1
+
+
+class Stages:
+    """The stages of one run under one recipe."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, say: Callable[[str], None] = lambda text: print(text, flush=True)) -> None:
+        self.folder = run
+        self.recipe = recipe
+        self.say = say
+        self._corpus_sources: dict[str, str] | None = None
+
+    # What every unit is made from.
+
+    def units(self, stage: str) -> dict[str, MadeFrom]:
+        """Folder names of a stage's units and what each is made from; the stages before it must be on disk for `experts` and later."""
+        if stage == "seed":
+            return {"experts/seed": self._expert_made_from(self.members()["seed"])}
+        if stage == "experts":
+            return {f"experts/{name}": self._expert_made_from(item) for name, item in self.members().items() if item.kind != "seed"}
+        return {stage: getattr(self, f"_{stage}_made_from")()}
+
+    def made_from(self, unit: str) -> MadeFrom:
+        """What a unit is made from, by its folder name."""
+        if unit.startswith("experts/"):
+            return self._expert_made_from(find_member(self.members(), unit.removeprefix("experts/")))
+        return self.units(unit)[unit]
+
+    def members(self) -> dict[str, Member]:
+        """Seed, dense and experts; the names of the experts are the clusters'."""
+        return plan_members(self.recipe, self._cluster_names())
+
+    def _cluster_names(self) -> list[str]:
+        return list(read_json(self.folder.folder("clusters") / "report.json")["names"])
+
+    def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"version": _STAGE_VERSION, **settings}
+
+    def _fingerprints(self, *units: str) -> dict[str, str]:
+        return {unit: self.made_from(unit).fingerprint for unit in units}
+
+    def _corpus_made_from(self) -> MadeFrom:
+        from megaxelm.corpus.readers import source_fingerprint
+
+        if self._corpus_sources is None:
+            self._corpus_sources = source_fingerprint([*self.recipe.corpus.train, *self.recipe.corpus.valid])
+        return MadeFrom(self._settings({"corpus": result_settings(self.recipe.corpus)}), sources=self._corpus_sources)
+
+    def _tokenizer_made_from(self) -> MadeFrom:
+        settings = self._settings({"tokenizer": result_settings(self.recipe.tokenizer)})
+        loaded = self.recipe.tokenizer.load
+        if loaded is None:
+            return MadeFrom(settings, self._fingerprints("corpus"))
+        return MadeFrom(settings, sources=_folder_sources(Path(loaded), ("tokenizer.json", "tokenizer_config.json", "*.model")))
+
+    def _clusters_made_from(self) -> MadeFrom:
+        clusters = result_settings(self.recipe.clusters)
+        kind = self.recipe.clusters.partitioner
+        kept = {key: value for key, value in clusters.items() if key in ("partitioner", "k", "seed", kind)}
+        subword = kind == "tfidf" and self.recipe.clusters.tfidf.analyzer == "subword"
+        return MadeFrom(self._settings({"clusters": kept}), self._fingerprints("corpus", *(["tokenizer"] if subword else [])))
+
+    def _index_made_from(self) -> MadeFrom:
+        return MadeFrom(self._settings({}), self._fingerprints("corpus", "tokenizer", "clusters"))
+
+    def _expert_made_from(self, member: Member) -> MadeFrom:
+        settings = self._settings(member_settings(self.recipe, member))
+        if member.kind == "seed" and self.recipe.seed.load:
+            sources = _folder_sources(Path(self.recipe.seed.load), ("config.json", "*.safetensors", "*.bin"))
+            return MadeFrom(settings, self._fingerprints("tokenizer"), sources)
+        languages = self._languages_of(member)
+        if languages is None:
+            inputs = self._fingerprints("index")
+        else:
+            # Where a cluster is a set of languages its text is the same under any other clustering with that set.
+            inputs = self._fingerprints("corpus", "tokenizer")
+            settings["languages"] = languages
+        if member.parent is not None:
+            inputs |= self._fingerprints(f"experts/{member.parent}")
+        return MadeFrom(settings, inputs)
+
+    def _languages_of(self, member: Member) -> list[str] | None:
+        """The languages that a member trains on, or None when a language is spread over several clusters."""
+        index = self.folder.folder("index") / "manifest.json"
+        if not index.exists():
+            raise StageError(f"{self.folder.path}: the token index is missing; make it first: megaxelm run RECIPE --until index")
+        clusters = read_json(index)["clusters"]
+        owners: dict[str, list[str]] = {}
+        for cluster, found in clusters.items():
+            for language in found:
+                owners.setdefault(language, []).append(cluster)
+        if any(len(found) > 1 for found in owners.values()):
+            return None
+        return sorted(language for language, found in owners.items() if member.clusters is None or found[0] in member.clusters)
+
+    def _ensemble_made_from(self) -> MadeFrom:
+        settings = {"ensemble": result_settings(self.recipe.ensemble), "tfidf": result_settings(self.recipe.clusters.tfidf)}
+        experts = [f"experts/{name}" for name, member in self.members().items() if member.kind == "expert"]
+        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
+
+    def _evaluation_made_from(self) -> MadeFrom:
+        settings = {"evaluation": result_settings(self.recipe.evaluation), "sequence_length": self.recipe.train.sequence_length}
+        members = [f"experts/{name}" for name in self.members()]
+        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members))
+
+    def _report_made_from(self) -> MadeFrom:
+        return MadeFrom(self._settings({}), self._fingerprints("evaluation"))
+
+    # Making them.
+
+    def run(self, *, until: str | None = None, start: str | None = None, only: str | None = None) -> bool:
+        """Make what is missing or stale; returns whether anything was made.
+
+        Args:
+            until: last stage to make.
+            start: make this stage and those after it even when fresh (experts are moved to `replaced/`).
+            only: this stage alone, even when fresh; the ones before it must be fresh.
+        """
+        for name in (until, start, only):
+            if name is not None and name not in STAGES:
+                raise StageError(f"stage {name!r}: choose one of {', '.join(STAGES)}")
+        if only and (until or start):
+            raise StageError("--only makes one stage alone: leave out --until and --from")
+        last = STAGES.index(only or until or STAGES[-1])
+        first = STAGES.index(only) if only else 0
+        if start is not None and STAGES.index(start) > last:
+            raise StageError(f"--from {start} comes after --until {until}: nothing would be made")
+        self._require_fresh(STAGES[:first])
+        made = False
+        with self.folder.lock():
+            self.folder.write_recipe(self.recipe)
+            for stage in STAGES[first : last + 1]:
+                forced = stage == only or (start is not None and STAGES.index(stage) >= STAGES.index(start))
+                made = self._run_stage(stage, forced, None) or made
+        return made
+
+    def train_models(self, expert: str | None) -> bool:
+        """Train seed and experts, or one of them with its parents; the index must be fresh. Returns whether anything was trained."""
+        self._require_fresh(STAGES[: STAGES.index("seed")])
+        with self.folder.lock():
+            made = self._run_stage("seed", False, None)
+            return (expert != "seed" and self._run_stage("experts", False, expert)) or made
+
+    def make_one(self, stage: str) -> bool:
+        """Make one stage when it is missing or stale; the ones before it must be fresh. Returns whether it was made."""
+        self._require_fresh(STAGES[: STAGES.index(stage)])
+        with self.folder.lock():
+            return self._run_stage(stage, False, None)
+
+    def _run_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
+        units = self.units(stage)
+        if stage in ("seed", "experts"):
+            if stage == "seed":
+                self.say(account_text(self.members()))
+            return self._train_stage(stage, units, forced, expert)
+        made_from = units[stage]
+        reason = self.folder.status(stage, made_from) or ("asked for" if forced else None)
+        if reason is None:
+            self.say(f"{stage:<11} fresh")
+            return False
+        self.say(f"{stage:<11} making ({reason})")
+        began = time.monotonic()
+        with self.folder.making(stage, made_from) as out:
+            getattr(self, f"_make_{stage}")(out)
+        self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
+        return True
+
+    def _train_stage(self, stage: str, units: dict[str, MadeFrom], forced: bool, expert: str | None) -> bool:
+        from megaxelm.train.launch import train_members
+
+        waiting = []
+        for unit, made_from in units.items():
+            name = unit.removeprefix("experts/")
+            if expert is not None and stage == "experts" and name != expert:
+                continue
+            reason = self.folder.status(unit, made_from) or ("asked for" if forced else None)
+            if reason is None:
+                self.say(f"{stage:<11} {name}: fresh")
+                continue
+            moved = self.folder.set_expert_aside(name) if forced else None
+            moved = self.folder.open_expert(name, made_from) or moved
+            self.say(f"{stage:<11} {name}: making ({reason})" + (f"; the earlier one is kept in {moved}" if moved else ""))
+            waiting.append(self.members()[name])
+        if waiting:
+            began = time.monotonic()
+            train_members(self.folder, self.recipe, waiting)
+            self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
+        if stage == "experts":
+            self.write_lineage()
+        return bool(waiting)
+
+    def _require_fresh(self, stages: tuple[str, ...]) -> None:
+        for stage in stages:
+            for unit, made_from in self.units(stage).items():
+                reason = self.folder.status(unit, made_from)
+                if reason is not None:
+                    raise StageError(f"{self.folder.path}/{unit} is {reason}; make it first: megaxelm run RECIPE --until {stage}")
+
+    def open_for_training(self, name: str) -> tuple[Member, MadeFrom]:
+        """What a training process needs to know of its model; what it is made from must be on disk and fresh.
+
+        Raises:
+            StageError: the index or the parent is missing or stale.
+        """
+        self._require_fresh(STAGES[: STAGES.index("seed")])
+        member = find_member(self.members(), name)
+        if member.parent is not None:
+            parent = f"experts/{member.parent}"
+            reason = self.folder.status(parent, self.made_from(parent))
+            if reason is not None:
+                raise StageError(
+                    f"`{name}` branches from `{member.parent}`, which is {reason}: train that first (--expert {member.parent})"
+                )
+        return member, self._expert_made_from(member)
+
+    def write_lineage(self) -> None:
+        """lineage.json and account.json: who came from whom, on what, with which weights."""
+        from megaxelm.model.hub import weights_hash
+
+        members = self.members()
+        experts: dict[str, Any] = {}
+        for name, member in members.items():
+            if self.folder.marker(f"experts/{name}") is None:
+                continue
+            experts[name] = {
+                "parent": member.parent,
+                "kind": member.kind,
+                "languages": self._languages_of(member) or "by document",
+                "tokens": member.tokens,
+                "steps": member.steps,
+                "weights": weights_hash(self.folder.expert(name) / "export"),
+            }
+        write_json(self.folder.path / "lineage.json", {"experts": experts})
+        write_json(self.folder.path / "account.json", account(members))
+
+    def _make_corpus(self, out: Path) -> None:
+        from megaxelm.corpus.prepare import prepare_corpus
+
+        prepare_corpus(self.recipe, out)
+
+    def _make_tokenizer(self, out: Path) -> None:
+        from megaxelm.corpus.tokenizer import build_tokenizer
+
+        build_tokenizer(self.recipe, self.folder.folder("corpus"), out)
+
+    def _make_clusters(self, out: Path) -> None:
+        from megaxelm.cluster.stage import build_clusters
+        from megaxelm.corpus.tokenizer import Tokenizer
+
+        build_clusters(self.recipe, self.folder.folder("corpus"), Tokenizer.load(self.folder.folder("tokenizer")), out)
+
+    def _make_index(self, out: Path) -> None:
+        from megaxelm.cluster.partitioner import load_partitioner
+        from megaxelm.corpus.build import build_index
+        from megaxelm.corpus.tokenizer import Tokenizer
+
+        tokenizer_folder = self.folder.folder("tokenizer")
+        partitioner = load_partitioner(self.folder.folder("clusters"), Tokenizer.load(tokenizer_folder))
+
+        def assign(documents: Any) -> np.ndarray:
+            return partitioner.assign(documents)
+
+        build_index(self.recipe, self.folder.folder("corpus"), tokenizer_folder, partitioner.names, assign, out)
+
+    def _make_ensemble(self, out: Path) -> None:
+        from megaxelm.ensemble.stage import build_ensemble
+
+        build_ensemble(self.recipe, self.folder.path, out)
+
+    def _make_evaluation(self, out: Path) -> None:
+        from megaxelm.evaluate.stage import evaluate_run
+
+        evaluate_run(self.recipe, self.folder.path, out)
+
+    def _make_report(self, out: Path) -> None:
+        from megaxelm.report.stage import build_report
+
+        build_report(self.folder.path, out)
+
+
+def _folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Hashes of the files of a local folder; nothing for a name on the hub, whose name is in the settings."""
+    if not path.is_dir():
+        return {}
+    found = sorted({file for pattern in patterns for file in path.glob(pattern)})
+    return {file.name: hash_file(file) for file in found}
