@@ -1,0 +1,168 @@
+"""The corpus stage: the split, the bounded sample, the account, and the second pass."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaxelm.corpus.document import Document, text_key
+from megaxelm.corpus.prepare import SmallestKeys, load_manifest, prepare_corpus, read_documents, training_documents
+from megaxelm.errors import CorpusError
+from megaxelm.recipe import Recipe, parse_recipe
+
+
+def recipe(**corpus: Any) -> Recipe:
+    return parse_recipe({"name": "t", "corpus": corpus, "clusters": {"partitioner": "language"}})
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"id": str(i), "language": code, "text": text}) + "\n" for i, (code, text) in enumerate(rows)))
+    return str(path)
+
+
+def prepared(tmp_path: Path, **corpus: Any) -> tuple[Recipe, Path, dict[str, Any]]:
+    made = recipe(**corpus)
+    out = tmp_path / f"corpus{random.random()}"
+    out.mkdir()
+    prepare_corpus(made, out)
+    return made, out, load_manifest(out)
+
+
+def rows(language: str, count: int) -> list[tuple[str, str]]:
+    return [(language, f"{language} text number {i}\nwith two lines \u00e9") for i in range(count)]
+
+
+def test_the_split_by_hash_is_disjoint_complete_and_stable(tmp_path: Path) -> None:
+    all_rows = rows("sw", 1000) + rows("en", 1000)
+    path = write(tmp_path / "a.jsonl", all_rows)
+    made, out, manifest = prepared(tmp_path, train=path, held_out={"share": 0.1})
+    train = {document.text for document in training_documents(made, out)}
+    valid = {document.text for code in ("sw", "en") for document in read_documents(out / "valid" / f"{code}.jsonl")}
+    assert train | valid == {text for _, text in all_rows}
+    assert not train & valid
+    for counts in manifest["languages"].values():
+        assert 60 < counts["held_out_documents"] < 140
+        assert counts["train_documents"] + counts["held_out_documents"] == 1000
+    assert manifest["held_out"] == "hash"
+    shuffled = list(all_rows)
+    random.Random(0).shuffle(shuffled)
+    _, other, again = prepared(tmp_path, train=write(tmp_path / "b.jsonl", shuffled), held_out={"share": 0.1})
+    assert {document.text for document in read_documents(other / "valid" / "sw.jsonl")} == {text for text in valid if text.startswith("sw")}
+    assert again["languages"] == manifest["languages"]
+
+
+def test_manifest_counts_are_those_of_the_second_pass(tmp_path: Path) -> None:
+    made, out, manifest = prepared(tmp_path, train=write(tmp_path / "a.jsonl", rows("sw", 300)), held_out={"share": 0.1})
+    documents = list(training_documents(made, out))
+    counts = manifest["languages"]["sw"]
+    assert (len(documents), sum(len(d.text.encode()) for d in documents)) == (counts["train_documents"], counts["train_bytes"])
+    sample = list(read_documents(out / "sample" / "sw.jsonl"))
+    assert sorted(d.text for d in sample) == sorted(d.text for d in documents)
+    assert [text_key(d.text) for d in sample] == sorted(text_key(d.text) for d in sample)
+
+
+def test_given_held_out_text_wins_and_is_not_trained_on(tmp_path: Path) -> None:
+    train = write(
+        tmp_path / "a.jsonl", [*rows("sw", 50), ("sw", "cafe\u0301"), ("en", "x"), ("en", "sw text number 3\nwith two lines \u00e9")]
+    )
+    valid = write(tmp_path / "v.jsonl", [*rows("sw", 5), ("sw", "caf\u00e9"), ("en", "y"), ("fr", "bonjour")])
+    made, out, manifest = prepared(tmp_path, train=train, valid=valid)
+    assert len(list(training_documents(made, out))) == 46
+    assert manifest["duplicates_of_valid"] == 7
+    assert manifest["held_out"] == "given"
+    assert manifest["valid_without_training"] == {"fr": 1}
+    assert manifest["languages"]["sw"]["valid_documents"] == 6
+
+
+def test_a_small_language_holds_out_the_text_with_the_smallest_key(tmp_path: Path) -> None:
+    texts = ["moja", "mbili", "tatu", "tatu"]
+    path = write(tmp_path / "a.jsonl", [("sw", text) for text in texts])
+    made, out, manifest = prepared(tmp_path, train=path, held_out={"share": 1e-6})
+    smallest = min(texts, key=text_key)
+    assert [d.text for d in read_documents(out / "valid" / "sw.jsonl")] == [smallest]
+    assert sorted(d.text for d in training_documents(made, out)) == sorted(text for text in texts if text != smallest)
+    counts = manifest["languages"]["sw"]
+    assert counts["train_documents"] == len(list(training_documents(made, out)))
+    assert counts["sample_documents"] == 2
+    assert manifest["held_out_by_smallest_key"] == ["sw"]
+
+
+def test_a_language_with_one_text_cannot_be_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [("sw", "moja"), ("sw", "moja"), *rows("en", 10)])
+    with pytest.raises(CorpusError, match=r"no held-out text in sw.*raise corpus.held_out.share or give corpus.valid"):
+        prepared(tmp_path, train=path)
+
+
+def test_a_language_without_training_text_is_an_error_that_names_what_there_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows("sw", 10) + rows("fr", 3))
+    with pytest.raises(CorpusError, match=r"asks for en, .*languages that occur: fr, sw"):
+        prepared(tmp_path, train=path, languages=["sw", "en"])
+    with pytest.raises(CorpusError, match="no held-out text in sw"):
+        prepared(tmp_path, train=path, valid=write(tmp_path / "v.jsonl", [("fr", "x")]), languages=["sw", "fr"])
+
+
+def test_no_documents_and_bad_codes_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(CorpusError, match="no documents"):
+        prepared(tmp_path, train=str(tmp_path / "a.jsonl"))
+    with pytest.raises(CorpusError, match="corpus.languages"):
+        prepared(tmp_path, train=str(tmp_path / "a.jsonl"), languages=["../sw"])
+
+
+def test_bounds_hold_and_what_is_beyond_is_neither_trained_on_nor_scored(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows("sw", 2000))
+    made, out, manifest = prepared(tmp_path, train=path, held_out={"share": 0.3}, valid_bytes=2000, sample_bytes=3000)
+    counts = manifest["languages"]["sw"]
+    assert 1900 < counts["valid_bytes"] <= 2000
+    assert 2900 < counts["sample_bytes"] <= 3000
+    assert counts["held_out_documents"] > 500 > counts["valid_documents"]
+    assert len(list(training_documents(made, out))) == 2000 - counts["held_out_documents"] == counts["train_documents"]
+
+
+def test_broken_documents_are_in_the_manifest(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", rows("sw", 30)))
+    path.write_text(path.read_text() + "{\n")
+    _, _, manifest = prepared(tmp_path, train=str(path), max_bad_share=0.1, held_out={"share": 0.1})
+    assert manifest["broken"]["count"] == 1
+    assert manifest["broken"]["examples"][0].startswith("a.jsonl, line 31: not JSON")
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60)), min_size=1, max_size=40, unique_by=lambda pair: pair[0]),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_smallest_keys_do_not_depend_on_the_order(documents: list[tuple[int, int]], order: random.Random) -> None:
+    def kept(pairs: list[tuple[int, int]]) -> list[int]:
+        heap = SmallestKeys(100)
+        for key, size in pairs:
+            heap.add(key, Document("x" * size, str(key), "sw"))
+        return [key for key, _ in heap.documents()]
+
+    shuffled = list(documents)
+    order.shuffle(shuffled)
+    result = kept(documents)
+    assert result == kept(shuffled)
+    small = sorted(pair for pair in documents if pair[1] <= 50)
+    total, expected = 0, []
+    for key, size in small:
+        total += size
+        if total > 100:
+            break
+        expected.append(key)
+    assert result == (expected or [min(documents)[0]])
+
+
+def test_meta_survives_even_with_half_surrogates(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one \\u00e9", "language": "sw", "title": "x \\ud83d"}\n{"text": "two", "language": "sw", "n": 5}\n')
+    _, out, _ = prepared(tmp_path, train=str(path))
+    documents = [*read_documents(out / "valid" / "sw.jsonl"), *read_documents(out / "sample" / "sw.jsonl")]
+    assert sorted(json.dumps(document.meta) for document in documents) == ['{"n": 5}', '{"title": "x \\ud83d"}']

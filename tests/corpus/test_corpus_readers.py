@@ -1,0 +1,251 @@
+"""Readers: every format, every kind of broken document, and errors that say what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from megaxelm.corpus.document import Document, text_key
+from megaxelm.corpus.readers import ReadReport, read_source, source_fingerprint
+from megaxelm.errors import CorpusError
+from megaxelm.recipe import FieldNames, FileSource, HuggingFaceSource
+
+ROWS = [{"id": f"d{i}", "language": "sw", "text": f"habari ya {i}\nleo", "source": "x"} for i in range(5)]
+
+
+def read(
+    path: Path | str | list[str], share: float = 0.01, languages: list[str] | None = None, **kwargs: Any
+) -> tuple[list[Document], ReadReport]:
+    fields = kwargs.pop("fields", FieldNames())
+    report = ReadReport()
+    files = path if isinstance(path, list) else [str(path)]
+    return list(read_source(FileSource(files=files, **kwargs), fields, share, report, languages)), report
+
+
+def jsonl(rows: list[Any]) -> bytes:
+    return b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def packed(data: bytes, ending: str) -> bytes:
+    return {"": data, ".gz": gzip.compress(data), ".zst": zstandard.ZstdCompressor().compress(data)}[ending]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_json_lines_are_read_plain_and_compressed(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(packed(jsonl(ROWS), ending))
+    documents, report = read(path)
+    assert [document.text for document in documents] == [row["text"] for row in ROWS]
+    assert documents[1] == Document("habari ya 1\nleo", "d1", "sw", {"source": "x"})
+    assert (report.documents, report.broken) == (5, 0)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_several_compressed_members_are_one_file(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(b"".join(packed(jsonl([row]), ending) for row in ROWS))
+    assert len(read(path)[0]) == 5
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_file_that_was_cut_is_an_error(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    data = packed(jsonl(ROWS * 50), ending)
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        with pytest.raises(CorpusError, match="a.jsonl"):
+            read(path, share=1)
+
+
+def test_a_last_line_without_newline_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(ROWS).rstrip(b"\n").replace(b"\n", b"\r\n"))
+    assert len(read(tmp_path / "a.jsonl")[0]) == 5
+
+
+BROKEN = {
+    "not JSON": b'{"text": \n',
+    "a JSON list": b'["sw", "habari"]\n',
+    "a JSON str": b'"habari"\n',
+    "no field `text`": b'{"language": "sw"}\n',
+    "`text` is None, not text": b'{"language": "sw", "text": null}\n',
+    "`text` is 5, not text": b'{"language": "sw", "text": 5}\n',
+    "`text` is empty": b'{"language": "sw", "text": " \\n\\t "}\n',
+    "surrogate pair": b'{"language": "sw", "text": "x \\ud83d y"}\n',
+    "not UTF-8": b'{"language": "sw", "text": "caf\xe9"}\n',
+    "`language` is None": b'{"language": null, "text": "habari"}\n',
+    "no field `language`": b'{"text": "habari"}\n',
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_broken_document_is_counted_with_its_line(tmp_path: Path, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*ROWS[:2], BROKEN[reason], *ROWS[2:]]))
+    documents, report = read(tmp_path / "a.jsonl", share=0.5)
+    assert len(documents) == 5
+    assert report.broken == 1
+    assert report.examples[0].startswith("a.jsonl, line 3: ")
+    assert reason in report.examples[0]
+
+
+def test_too_many_broken_documents_stop_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*ROWS, b"{\n"]))
+    assert len(read(tmp_path / "a.jsonl", share=0.17)[0]) == 5
+    with pytest.raises(CorpusError, match=r"a\.jsonl: 1 of 6 documents are broken, more than corpus.max_bad_share = 0\.16") as error:
+        read(tmp_path / "a.jsonl", share=0.16)
+    assert "a.jsonl, line 6: not JSON" in str(error.value)
+
+
+def test_a_file_that_is_wrong_all_through_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"no json\n" * 100_000)
+    report = ReadReport()
+    with pytest.raises(CorpusError, match="100 of 100"):
+        list(read_source(FileSource(files=[str(tmp_path / "a.jsonl")]), FieldNames(), 0.01, report))
+    assert len(report.examples) == 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "way_out"), [(FieldNames(text="body"), "corpus.fields.text"), (FieldNames(language="lang"), "corpus.fields.language")]
+)
+def test_a_field_that_no_document_has_is_named_with_those_there_are(tmp_path: Path, fields: FieldNames, way_out: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    with pytest.raises(CorpusError, match=f"the fields are: id, language, text, source. Set {way_out}"):
+        read(tmp_path / "a.jsonl", share=1, fields=fields)
+
+
+def test_numbers_that_orjson_refuses_do_not_cost_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "habari", "language": "sw", "score": NaN}\n')
+    assert len(read(tmp_path / "a.jsonl")[0]) == 1
+
+
+def test_ids_are_stable_and_never_a_path(tmp_path: Path) -> None:
+    rows = [{"text": "habari", "language": "sw"}, {"text": "habari", "language": "en"}, {"text": "x", "language": "sw", "id": 7}]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_bytes(jsonl(rows))
+    first, second = (read(tmp_path / name / "x.jsonl")[0] for name in ("a", "b"))
+    assert [document.id for document in first] == [document.id for document in second]
+    assert len(first[0].id) == 16 and first[0].id != first[1].id
+    assert first[2].id == "7"
+
+
+def test_other_languages_are_skipped_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*ROWS, {"text": "hello", "language": "en"}]))
+    documents, report = read(tmp_path / "a.jsonl", languages=["en"])
+    assert [document.language for document in documents] == ["en"]
+    assert report.skipped == {"sw": 5}
+
+
+@pytest.mark.parametrize("code", ["../x", "a b", "", "x" * 40, "sw/ke"])
+def test_a_language_that_cannot_name_a_file_is_an_error(tmp_path: Path, code: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "habari", "language": code}]))
+    with pytest.raises(CorpusError, match="line 1|corpus.max_bad_share"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_text_files_take_their_language_from_the_folder(tmp_path: Path) -> None:
+    for language in ("sw", "zh"):
+        (tmp_path / language).mkdir()
+        (tmp_path / language / "one.txt").write_text("mstari\n\nwa pili\n", encoding="utf-8")
+    documents, _ = read(f"{tmp_path}/**/*.txt")
+    assert [(document.language, document.text) for document in documents] == [("sw", "mstari\n\nwa pili\n"), ("zh", "mstari\n\nwa pili\n")]
+    assert {document.language for document in read(f"{tmp_path}/*/*.txt", language="en")[0]} == {"en"}
+
+
+def test_text_files_share_one_account_of_broken_ones(tmp_path: Path) -> None:
+    (tmp_path / "sw").mkdir()
+    for i in range(9):
+        (tmp_path / "sw" / f"{i}.txt").write_text("habari")
+    (tmp_path / "sw" / "9.txt").write_bytes(b"caf\xe9")
+    documents, report = read(f"{tmp_path}/sw/*.txt", share=0.1)
+    assert (len(documents), report.broken) == (9, 1)
+    assert "9.txt is not UTF-8" in report.examples[0]
+    with pytest.raises(CorpusError, match="1 of 10"):
+        read(f"{tmp_path}/sw/*.txt", share=0.05)
+
+
+def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [*ROWS, {"id": "e", "language": "sw", "text": None, "source": "x"}]
+    pq.write_table(pa.Table.from_pylist([{**row, "parts": [1, 2]} for row in rows]), tmp_path / "a.parquet", row_group_size=2)
+    documents, report = read(tmp_path / "a.parquet", share=0.5)
+    assert documents == read_jsonl(tmp_path)
+    assert report.examples == ["a.parquet, row 6: `text` is None, not text"]
+
+
+def read_jsonl(folder: Path) -> list[Document]:
+    (folder / "same.jsonl").write_bytes(jsonl(ROWS))
+    return read(folder / "same.jsonl")[0]
+
+
+def test_parquet_that_is_cut_or_something_else_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    for broken in (data[: len(data) // 2], b"", b"hello", data[:100] + b"\0" * 200 + data[300:]):
+        (tmp_path / "a.parquet").write_bytes(broken)
+        with pytest.raises(CorpusError, match="a.parquet"):
+            read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("no.jsonl", "does not exist"), ("*.nothing", "matches no file"), ("", "is a folder")],
+)
+def test_a_source_that_is_not_there_is_an_error(tmp_path: Path, pattern: str, reason: str) -> None:
+    with pytest.raises(CorpusError, match=reason):
+        read(tmp_path / pattern if pattern else tmp_path)
+
+
+def test_an_unknown_ending_is_an_error_under_auto_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.data").write_bytes(jsonl(ROWS))
+    with pytest.raises(CorpusError, match="unknown ending"):
+        read(tmp_path / "a.data")
+    assert len(read(tmp_path / "a.data", format="jsonl")[0]) == 5
+
+
+def test_a_local_hugging_face_dataset_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "swahili"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(jsonl(ROWS))
+    report = ReadReport()
+    source = HuggingFaceSource(huggingface=str(folder))
+    documents = list(read_source(source, FieldNames(), 0.01, report))
+    assert [document.id for document in documents] == [row["id"] for row in ROWS]
+    with pytest.raises(CorpusError, match="the fields are: id, language, text, source"):
+        list(read_source(source, FieldNames(text="body"), 0.01, ReadReport()))
+    with pytest.raises(CorpusError, match="check `huggingface:`"):
+        list(read_source(HuggingFaceSource(huggingface=str(folder), split="nothing"), FieldNames(), 0.01, ReadReport()))
+    name = "huggingface:swahili:default:train"
+    before = source_fingerprint([source])
+    assert list(before) == [name]
+    (folder / "train.jsonl").write_bytes(jsonl(ROWS[:4]))
+    assert source_fingerprint([source])[name] != before[name]
+
+
+def test_the_fingerprint_follows_content_and_not_place(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        for language in ("en", "sw"):
+            (tmp_path / place / language).mkdir(parents=True)
+            (tmp_path / place / language / "a.jsonl").write_bytes(jsonl(ROWS))
+    here, there = (FileSource(files=[f"{tmp_path}/{place}/**/*.jsonl"]) for place in ("here", "there"))
+    assert source_fingerprint([here]) == source_fingerprint([there])
+    assert list(source_fingerprint([here])) == ["en/a.jsonl", "sw/a.jsonl"]
+    changed = tmp_path / "there" / "sw" / "a.jsonl"
+    changed.write_bytes(changed.read_bytes().replace(b"habari ya 4", b"habari ya 9"))
+    assert source_fingerprint([here])["sw/a.jsonl"] != source_fingerprint([there])["sw/a.jsonl"]
+
+
+def test_the_text_key_does_not_see_the_normal_form() -> None:
+    assert text_key("caf\u00e9") == text_key("cafe\u0301")
+    assert text_key("cafe") != text_key("caf\u00e9")
