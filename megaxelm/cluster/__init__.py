@@ -1,0 +1,1 @@
+"""How the corpus is divided among experts: partitioners by language relatedness, by document similarity, by language."""

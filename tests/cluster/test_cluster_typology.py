@@ -1,0 +1,261 @@
+"""Distances of languages and the clusters made of them, against the values of the published runs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megaxelm.cluster import typology, uriel
+from megaxelm.cluster.language import LanguagePartitioner
+from megaxelm.cluster.partitioner import Partitioner, cluster_name, load_partitioner, unique_names
+from megaxelm.cluster.typology import TypologyPartitioner
+from megaxelm.corpus.document import Document
+from megaxelm.errors import ClusterError
+
+PUBLISHED = ["ar", "bg", "de", "el", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "vi", "zh"]
+UNSEEN = ["az", "he", "pl", "sv"]
+MERGES_AT_8 = {
+    "en-es": 0.1586, "de-el": 0.2020, "ja-ko": 0.2022, "hi-ur": 0.2584, "bg-ru": 0.2722, "ar-fr": 0.3042, "tr-zh": 0.4604, "sw-vi": 0.5762
+}  # fmt: skip
+
+
+def documents(codes: list[str]) -> list[Document]:
+    return [Document(text=f"text in {code}", id=f"{code}/0", language=code) for code in codes]
+
+
+def fitted(k: int, codes: list[str] = PUBLISHED) -> TypologyPartitioner:
+    partitioner = TypologyPartitioner(k)
+    partitioner.fit(documents(codes))
+    return partitioner
+
+
+def test_published_pairs_and_distances_at_k_8() -> None:
+    partitioner = fitted(8)
+    assert partitioner.method == "paired"
+    assert {"-".join(sorted([*merge.left, *merge.right])): round(merge.distance, 4) for merge in partitioner.merges} == MERGES_AT_8
+    assert [merge.distance for merge in partitioner.merges] == sorted(merge.distance for merge in partitioner.merges)
+    assert partitioner.names == sorted(MERGES_AT_8)
+
+
+def test_ninety_seven_features_vary_over_the_published_languages() -> None:
+    values = np.nan_to_num(uriel.feature_values(PUBLISHED), nan=-1.0)
+    assert values.shape == (16, 103)
+    assert (values != values[0]).any(axis=0).sum() == 97
+
+
+def test_distance_is_the_formula_computed_pair_by_pair() -> None:
+    values = uriel.feature_values(PUBLISHED)
+    keep = [i for i in range(values.shape[1]) if len({-1.0 if np.isnan(v) else v for v in values[:, i]}) > 1]
+    table = uriel.distances(PUBLISHED)
+    for a, b in [(4, 5), (11, 14), (12, 15), (0, 6)]:
+        x, y = values[a, keep], values[b, keep]
+        both = ~np.isnan(x) & ~np.isnan(y)
+        expected = 1 - (x[both] * y[both]).sum() / np.sqrt(np.nansum(x * x) * np.nansum(y * y))
+        assert table[a, b] == pytest.approx(expected, abs=1e-12) == table[b, a]
+    assert np.diagonal(table).tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize(
+    ("k", "names"),
+    [
+        (4, ["ar-de-el-fr", "bg-en-es-ru", "hi-sw-ur-vi", "ja-ko-tr-zh"]),
+        (2, ["ar-bg-de-el-en-es-fr-ru", "hi-ja-ko-sw-tr-ur-vi-zh"]),
+        (16, PUBLISHED),
+    ],
+)
+def test_rounds_lead_from_16_to_k(k: int, names: list[str]) -> None:
+    partitioner = fitted(k)
+    assert partitioner.method == "paired"
+    assert partitioner.names == names
+    by_language = dict(zip(PUBLISHED, partitioner.assign(documents(PUBLISHED)), strict=True))
+    assert all(by_language[code] == index for index, name in enumerate(names) for code in name.split("-"))
+
+
+def test_the_order_of_languages_does_not_matter() -> None:
+    assert fitted(8, PUBLISHED[::-1]).names == fitted(8).names
+
+
+def test_only_the_left_over_pairs_are_forced_and_are_named_in_words() -> None:
+    partitioner = fitted(8)
+    assert ["-".join(sorted(m.left + m.right)) for m in partitioner.merges if m.forced] == ["tr-zh", "sw-vi"]
+    notes = partitioner.notes()
+    assert len(notes) == 2
+    assert notes[0].startswith("tr and zh are a left-over pair, not relatives")
+
+
+def test_later_rounds_go_by_the_smallest_distance_of_members() -> None:
+    second = [round(merge.distance, 4) for merge in fitted(4).merges if merge.round == 2]
+    table = uriel.distances(PUBLISHED)
+    for merge, distance in zip(fitted(4).merges[8:], second, strict=True):
+        between = table[np.ix_([PUBLISHED.index(a) for a in merge.left], [PUBLISHED.index(b) for b in merge.right])]
+        assert distance == round(float(between.min()), 4)
+    # By the mean, 0-1 would go with 4-5: their members are equally far; by the smallest, 1 draws 0 to 2-3.
+    near = np.full((8, 8), 0.9)
+    for a, b, distance in [(0, 1, 0.1), (2, 3, 0.1), (4, 5, 0.1), (6, 7, 0.1), (1, 2, 0.3), (5, 6, 0.8)]:
+        near[a, b] = near[b, a] = distance
+    for a in (0, 1):
+        for b in (4, 5):
+            near[a, b] = near[b, a] = 0.5
+    np.fill_diagonal(near, 0)
+    groups, _ = typology.pair_languages(list("abcdefgh"), near, 2)
+    assert sorted("".join(sorted(group)) for group in groups) == ["abcd", "efgh"]
+
+
+def test_a_distant_language_with_its_nearest_neighbour_is_not_forced() -> None:
+    table = np.full((5, 5), 0.1)
+    table[4, :] = table[:, 4] = 0.6
+    table[4, 0] = table[0, 4] = 0.5
+    np.fill_diagonal(table, 0)
+    assert not typology.is_forced(0.5, [0], [4], table)
+    assert typology.is_forced(0.6, [1], [4], table)
+    assert not typology.is_forced(0.1, [1], [2], table)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 15])
+def test_other_k_is_agglomerative_and_says_so(k: int) -> None:
+    codes = PUBLISHED[:15]
+    partitioner = fitted(k, codes)
+    assert len(partitioner.names) == k
+    assert sorted(code for group in partitioner.groups.values() for code in group) == codes
+    # 15 languages are odd: no round of pairing is possible, and none is needed for k = 15.
+    assert partitioner.describe()["method"] == ("paired" if k == 15 else "agglomerative")
+    assert any("agglomerative" in note for note in partitioner.notes()) == (k != 15)
+
+
+def test_agglomerative_clusters_are_the_cut_of_the_linkage() -> None:
+    from scipy.cluster.hierarchy import cut_tree
+
+    tree = typology.language_linkage(PUBLISHED)
+    assert tree.shape == (15, 4)
+    for k in (3, 5, 7):
+        expected = cut_tree(tree, n_clusters=k)[:, 0]
+        labels = fitted(k).assign(documents(PUBLISHED))
+        assert len(set(zip(expected, labels, strict=True))) == k
+
+
+def test_k_above_the_number_of_languages_is_an_error() -> None:
+    with pytest.raises(ClusterError, match=r"clusters\.k = 3: more than the 2 languages.*en, sw"):
+        fitted(3, ["en", "sw"])
+
+
+def test_a_document_in_a_language_of_no_cluster_is_an_error() -> None:
+    with pytest.raises(ClusterError, match="'pl' belongs to no cluster"):
+        fitted(8).assign(documents(["en", "pl"]))
+
+
+def test_no_documents_is_an_error() -> None:
+    with pytest.raises(ClusterError, match="no document"):
+        TypologyPartitioner(2).fit([])
+
+
+def test_donors_are_the_nearest_known_languages() -> None:
+    found = dict(typology.donors(UNSEEN, PUBLISHED))
+    assert {code: ranked[0][0] for code, ranked in found.items()} == {"az": "tr", "he": "ar", "pl": "ru", "sv": "en"}
+    assert all([d for _, d in ranked] == sorted(d for _, d in ranked) and len(ranked) == 16 for ranked in found.values())
+    with pytest.raises(ClusterError, match="en given both"):
+        typology.donors(["en"], PUBLISHED)
+
+
+def test_codes_of_two_and_three_letters_and_regions_are_one_language() -> None:
+    for short, long in {"az": "aze", "he": "heb", "sw": "swa", "zh-Hans": "zho", "pt_BR": "por", "no": "nor"}.items():
+        assert uriel.iso_639_3(short) == uriel.iso_639_3(long) == long
+    three = uriel.iso_639_3
+    assert all(three(code) == target for code, target in uriel.ISO_639_3.items())
+    assert len(uriel.ISO_639_3) == 184 + 5
+    assert uriel.distances(["zh", "zh-Hant", "en"])[0, 1] == 0
+
+
+@pytest.mark.parametrize(("code", "near"), [("xq", "xh"), ("grman", "deu|ger|gr"), ("", "ISO 639")])
+def test_an_unknown_code_is_an_error_that_names_it(code: str, near: str) -> None:
+    with pytest.raises(ClusterError, match=rf"language '{code}'.*({near})"):
+        uriel.distances(["en", code])
+
+
+def test_a_language_without_features_is_named() -> None:
+    with pytest.raises(ClusterError, match="no value of this set for azj"):
+        uriel.distances(["en", "azj"])
+    assert uriel.distances(["en", "azj"], "syntax_knn").shape == (2, 2)
+
+
+@pytest.mark.parametrize("features", ["geo", "syntax", "syntax_wikipedia", "colour_average"])
+def test_an_unknown_feature_set_is_an_error(features: str) -> None:
+    with pytest.raises(ClusterError, match="clusters.typology.features"):
+        uriel.distances(["en", "de"], features)
+
+
+def test_lang2vec_absent_is_an_error_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    uriel._table.cache_clear()
+    monkeypatch.setattr(uriel.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match="pip install lang2vec"):
+        uriel.distances(["en", "de"])
+
+
+def test_one_language_alone_has_distance_zero_and_no_linkage() -> None:
+    assert uriel.distances(["sw"]).tolist() == [[0.0]]
+    assert typology.language_linkage(["sw"]).shape == (0, 4)
+    assert fitted(1, ["sw"]).names == ["sw"]
+
+
+def test_long_names_are_short_the_same_and_distinct() -> None:
+    codes = [f"l{index:02d}" for index in range(40)]
+    name = cluster_name(codes)
+    assert len(name) <= 60 and name.startswith("l00-l01-") and name == cluster_name(codes[::-1])
+    assert name != cluster_name([*codes[:-1], "zzz"])
+
+
+@pytest.mark.parametrize("codes", [["seed"], ["dense"], ["../up"], ["a b"], [""], ["-x"]])
+def test_names_that_are_taken_or_unsafe_are_errors(codes: list[str]) -> None:
+    with pytest.raises(ClusterError):
+        cluster_name(codes)
+
+
+def test_names_that_differ_in_case_only_are_an_error() -> None:
+    with pytest.raises(ClusterError, match="two clusters"):
+        unique_names([["zh-Hans"], ["zh-hans"]])
+
+
+@pytest.mark.parametrize("partitioner", [TypologyPartitioner(3), TypologyPartitioner(2), LanguagePartitioner()])
+def test_what_is_saved_loads_the_same(partitioner: Partitioner, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    codes = ["de", "en", "sw", "zh"]
+    partitioner.fit(documents(codes))
+    partitioner.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["partitioner.json"]
+    loaded = load_partitioner(tmp_path)
+    assert (loaded.names, loaded.languages(), loaded.describe()) == (partitioner.names, partitioner.languages(), partitioner.describe())
+    assert loaded.notes() == partitioner.notes()
+    assert loaded.assign(documents(codes)).tolist() == partitioner.assign(documents(codes)).tolist()
+
+
+def test_language_partitioner_wants_k_to_be_the_number_of_languages() -> None:
+    partitioner = LanguagePartitioner(2)
+    with pytest.raises(ClusterError, match=r"clusters\.k = 2.*3 languages"):
+        partitioner.fit(documents(["de", "en", "sw"]))
+    partitioner.fit(documents(["sw", "de"]))
+    assert partitioner.names == ["de", "sw"]
+    assert partitioner.assign(documents(["sw", "de", "sw"])).tolist() == [1, 0, 1]
+
+
+def test_every_cut_of_the_file_is_a_cluster_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    fitted(2, ["de", "en", "sw", "zh"]).save(tmp_path)
+    path = tmp_path / "partitioner.json"
+    whole = path.read_bytes()
+    for length in range(0, len(whole.rstrip()), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ClusterError, match="partitioner.json"):
+            load_partitioner(tmp_path)
+
+
+def test_every_missing_or_strange_entry_is_a_cluster_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    fitted(2, ["de", "en", "sw", "zh"]).save(tmp_path)
+    path = tmp_path / "partitioner.json"
+    settings = json.loads(path.read_text())
+    for key in settings:
+        for damaged in ({name: value for name, value in settings.items() if name != key}, settings | {key: None}, settings | {key: [7]}):
+            path.write_text(json.dumps(damaged))
+            with pytest.raises(ClusterError, match="damaged"):
+                load_partitioner(tmp_path)
+    path.unlink()
+    with pytest.raises(ClusterError, match="no such file"):
+        load_partitioner(tmp_path)
