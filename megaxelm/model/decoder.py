@@ -1,0 +1,279 @@
+"""The decoder: one pre-norm transformer for all families, on packed documents, with cached decoding.
+
+decoder = Decoder(config)
+decoder.initialise(seed=0)  # or hub.load_pretrained(folder)
+loss = decoder(tokens, positions, cu_seqlens, labels=labels)  # LossOutput
+hidden = decoder(tokens, positions, cu_seqlens)  # [N, H]; decoder.logits(hidden) [N, vocab_size]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaxelm.errors import ModelError
+from megaxelm.model import cache as cached
+from megaxelm.model.cache import KVCache
+from megaxelm.model.config import DecoderConfig
+from megaxelm.model.layers import DecoderLayer, Embedding, Head, Norm, PackedSurroundings
+from megaxelm_kernels.attention import PackedLayout, choose_backend
+from megaxelm_kernels.dropout import DropoutKey, dropout_keys
+from megaxelm_kernels.linear_cross_entropy import IGNORE_INDEX
+from megaxelm_kernels.rotary import inverse_frequencies, rotary_tables
+
+__all__ = ["Decoder", "DropoutKey", "KVCache", "LossOutput", "TokenScores", "dropout_keys"]
+
+EMBEDDING_SITE = 0
+
+
+class LossOutput(NamedTuple):
+    """`loss_sum`: fp32 scalar, nats summed over the counted tokens; `num_targets`: int64 scalar, tokens whose label is not -100."""
+
+    loss_sum: Tensor
+    num_targets: Tensor
+
+
+class TokenScores(NamedTuple):
+    """`target_logprob` [N] fp32, nats: log p(label) of each token, 0 where the label is -100."""
+
+    target_logprob: Tensor
+
+
+class Decoder(nn.Module):
+    """A decoder of the shape `config`. Its weights are zero until `initialise` or a checkpoint fills them.
+
+    Tables of positions are computed in fp32 in each forward pass and are no buffers, so casting the module does not round them.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
+        self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.head = Head(config, self.embed.weight if config.tie_embeddings else None)
+        self.activation_checkpointing = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.norm.weight.dtype
+
+    def enable_activation_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only the input of each layer and recompute the rest in the backward pass."""
+        self.activation_checkpointing = enabled
+
+    def set_dropout(self, residual: float, attention: float) -> None:
+        """Change the dropout probabilities, for example of a loaded seed.
+
+        Raises:
+            ModelError: a probability outside 0 to below 1.
+        """
+        self.config = replace(self.config, residual_dropout=residual, attention_dropout=attention)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights: normal with deviation 0.02, projections into the residual stream 0.02 / sqrt(2 layers), norms 1, biases 0.
+
+        Drawn in fp32 on the CPU in the order of the parameters, so a seed gives the same weights for every type and device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                deviation = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+                parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator))
+        for table in (self.embed.weight, self.head.weight):
+            table[self.config.vocab_size :].zero_()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | PackedLayout,
+        *,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        dropout: DropoutKey | None = None,
+        loss_chunk_rows: int = 1024,
+        attention: str = "sdpa",
+    ) -> Tensor | LossOutput:
+        """Hidden states after the last norm [N, H], or with `labels` the loss.
+
+        Args:
+            tokens, positions: [N] int64; positions count from 0 in each document.
+            cu_seqlens: [S + 1] integers, where each document starts and the last ends, or a layout made of them.
+            labels: [N] int64, the token that each position shall predict; -100 is not counted.
+            loss_weights: [N], weight of each token in the sum.
+            dropout: keys of the tokens; needed in training mode when `residual_dropout` is above 0, unused otherwise.
+            loss_chunk_rows: rows of logits that exist at one time.
+            attention: `auto`, `sdpa` or `varlen`.
+
+        Raises:
+            ModelError: shapes that do not fit, an empty document, a backend that is missing here, dropout without keys.
+        """
+        hidden = self._hidden(tokens, positions, cu_seqlens, dropout, attention)
+        if labels is None:
+            return hidden
+        _same_length("labels", labels, tokens)
+        loss_sum = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows)
+        return LossOutput(loss_sum, (labels != IGNORE_INDEX).sum())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., vocab_size], in the type of the weights."""
+        return self.head(hidden)
+
+    @torch.no_grad()
+    def score(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | PackedLayout,
+        labels: Tensor,
+        rows_per_chunk: int = 1024,
+        attention: str = "sdpa",
+    ) -> TokenScores:
+        """log p(label) of each token of a packed batch; full logits exist for `rows_per_chunk` tokens at a time."""
+        hidden = self._hidden(tokens, positions, cu_seqlens, None, attention, training=False)
+        _same_length("labels", labels, tokens)
+        return TokenScores(self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True).float())
+
+    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` rows of at most `max_length` tokens.
+
+        Raises:
+            ModelError: max_length beyond the model's positions.
+        """
+        if not 1 <= max_length <= self.config.max_positions:
+            raise ModelError(f"cache: max_length = {max_length}: choose 1 to {self.config.max_positions}, the positions of this model")
+        return KVCache(self.config, batch, max_length, self.dtype if dtype is None else dtype, self.device)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, lengths: Tensor, cache: KVCache, *, all_positions: bool = False) -> Tensor:
+        """Read the next tokens of each row and remember them.
+
+        Args:
+            tokens: [B, T] int64, padded on the right with any id.
+            lengths: [B] int64, valid tokens of each row in this call; 0 leaves a row as it is (its result then means nothing).
+            cache: what the rows have read before; it is extended.
+
+        Returns:
+            Hidden states of the last valid token of each row [B, H]; with `all_positions` of all [B, T, H] (those of padding mean nothing).
+
+        Raises:
+            ModelError: shapes that do not fit, or a row that outgrows the cache.
+        """
+        batch, width = tokens.shape
+        if lengths.shape != (batch,) or cache.lengths.shape != (batch,):
+            raise ModelError(
+                f"decode: tokens have {batch} rows, lengths are {tuple(lengths.shape)}, the cache has {cache.lengths.shape[0]} rows"
+            )
+        positions = cache.lengths[:, None] + torch.arange(width, device=tokens.device)
+        flat = positions.flatten()
+        around = cached.surroundings(cache, lengths, width, self.config.sliding_window, self._rotary(flat), positions)
+        x = self._embed(tokens.flatten(), flat)
+        for layer in self.layers:
+            x = layer(x, around)
+        x = self.norm(x).view(batch, width, -1)
+        cache.lengths = cache.lengths + lengths
+        cache.longest = around.mask.shape[-1]
+        if all_positions:
+            return x
+        return x[torch.arange(batch, device=x.device), (lengths - 1).clamp_min(0)]
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | PackedLayout,
+        dropout: DropoutKey | None,
+        attention: str,
+        training: bool | None = None,
+    ) -> Tensor:
+        config = self.config
+        training = self.training if training is None else training
+        if tokens.ndim != 1:
+            raise ModelError(f"tokens have shape {tuple(tokens.shape)}: the decoder takes packed documents, [N]")
+        _same_length("positions", positions, tokens)
+        try:
+            layout = cu_seqlens if isinstance(cu_seqlens, PackedLayout) else PackedLayout(cu_seqlens, tokens.device)
+            attention_dropout = config.attention_dropout if training else 0.0
+            backend = choose_backend(attention, tokens.device, attention_dropout)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        if layout.num_tokens != tokens.shape[0]:
+            raise ModelError(f"cu_seqlens ends at {layout.num_tokens}, but there are {tokens.shape[0]} tokens")
+        if layout.longest > config.max_positions:
+            raise ModelError(
+                f"a document of {layout.longest} tokens is longer than max_positions = {config.max_positions}: cut it, or use another model"
+            )
+        drops = training and config.residual_dropout > 0
+        if drops and dropout is None:
+            raise ModelError(
+                f"residual_dropout = {config.residual_dropout} in training mode needs dropout keys: pass dropout=dropout_keys(...), "
+                "or call eval() or set_dropout(0, 0)"
+            )
+        around = PackedSurroundings(
+            layout=layout,
+            rotary=self._rotary(positions),
+            sliding_window=config.sliding_window,
+            backend=backend,
+            attention_dropout=attention_dropout,
+            residual_dropout=config.residual_dropout,
+            dropout=dropout if drops else None,
+        )
+        x = around.drop(self._embed(tokens, positions), EMBEDDING_SITE)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                run: Callable[..., Tensor] = layer
+                x = checkpoint(run, x, around, use_reentrant=False, preserve_rng_state=attention_dropout > 0)
+            else:
+                x = layer(x, around)
+        return self.norm(x)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.config.positions == "sinusoidal":
+            x = x + sinusoidal_positions(positions + self.config.position_offset, self.config).to(x.dtype)
+        return x
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        config = self.config
+        if config.positions != "rotary":
+            return None
+        try:
+            frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        return rotary_tables(positions, frequencies.to(positions.device))
+
+
+def sinusoidal_positions(rows: Tensor, config: DecoderConfig) -> Tensor:
+    """Rows of XGLM's table, fp32 [N, H]: sines in the first half, cosines in the second, wavelengths 2 pi to 20000 pi."""
+    half = config.hidden_size // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))).to(rows.device)
+    angles = rows.to(torch.float32)[:, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)
+    if config.position_zero_row is not None:
+        table = table.masked_fill((rows == config.position_zero_row)[:, None], 0.0)
+    return table
+
+
+def _same_length(name: str, values: Tensor, tokens: Tensor) -> None:
+    if values.shape != tokens.shape:
+        raise ModelError(f"{name} have shape {tuple(values.shape)}, tokens {tuple(tokens.shape)}: one a token")

@@ -1,0 +1,181 @@
+"""The parts of a decoder. Each module's forward uses only its own parameters, so DeepSpeed ZeRO-3 can gather them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaxelm.model.config import DecoderConfig
+from megaxelm_kernels.attention import PackedLayout, packed_attention
+from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
+from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy, target_logprobs
+from megaxelm_kernels.norms import layer_norm, rms_norm
+from megaxelm_kernels.rotary import apply_rotary
+
+SITES_A_LAYER = 2  # attention output, feed-forward output; site 0 of the whole model is the embedding
+
+
+class Surroundings(Protocol):
+    """What a layer needs besides its input: positions, who sees whom, and dropout."""
+
+    rotary: tuple[Tensor, Tensor] | None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of `q` [N, heads, d] over `k`, `v` [N, kv_heads, d] and what came before them -> [N, heads, d]."""
+        ...
+
+    def drop(self, x: Tensor, site: int) -> Tensor:
+        """Residual dropout of `x` [N, H] at one place of the model."""
+        ...
+
+
+@dataclass
+class PackedSurroundings:
+    """One packed batch: every token of every document is at hand."""
+
+    layout: PackedLayout
+    rotary: tuple[Tensor, Tensor] | None
+    sliding_window: int | None
+    backend: str
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    dropout: DropoutKey | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(
+            q, k, v, self.layout, sliding_window=self.sliding_window, dropout_p=self.attention_dropout, backend=self.backend
+        )
+
+    def drop(self, x: Tensor, site: int) -> Tensor:
+        return x if self.dropout is None else keyed_dropout(x, self.dropout.token_keys, site, self.residual_dropout)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over `size` features."""
+
+    def __init__(self, kind: str, size: int, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layernorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps) if self.bias is None else layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias; the weight is allocated, not drawn: `Decoder.initialise` or a checkpoint fills it."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size_out, size_in))
+        self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with optional grouped queries, biases, and q/k norm."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = Linear(config.hidden_size, width, config.qkv_bias)
+        self.k = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.out = Linear(width, config.hidden_size, config.out_bias)
+        self.q_norm = Norm("rmsnorm", config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm("rmsnorm", config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
+        """`x` [N, H] -> [N, H]."""
+        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if around.rotary is not None:
+            q, k = apply_rotary(q, *around.rotary), apply_rotary(k, *around.rotary)
+        return self.out(around.attend(self.index, q, k, v).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """Gated SiLU (gate, up, down) or plain GELU (up, down)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias) if self.activation == "silu_gated" else None
+        self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [N, H] -> [N, H]."""
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.first_site = 1 + index * SITES_A_LAYER
+        self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, index)
+        self.mlp_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
+        """`x` [N, H] -> [N, H]."""
+        x = x + around.drop(self.attention(self.attention_norm(x), around), self.first_site)
+        return x + around.drop(self.mlp(self.mlp_norm(x)), self.first_site + 1)
+
+
+class Embedding(nn.Module):
+    """Token vectors times `scale`. Rows from the vocabulary's size on are padding and never looked up."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.scale = config.embed_scale
+        self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens` [N] int64 -> [N, H]."""
+        x = F.embedding(tokens, self.weight)
+        return x if self.scale == 1.0 else x * self.scale
+
+
+class Head(nn.Module):
+    """The output projection with everything that needs its weight inside its forward.
+
+    `weight` is given when input and output share one matrix: then both modules register the same Parameter.
+    """
+
+    def __init__(self, config: DecoderConfig, weight: nn.Parameter | None) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.hidden_size)) if weight is None else weight
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        *,
+        chunk_rows: int = 1024,
+        score: bool = False,
+    ) -> Tensor:
+        """Logits [N, vocab_size] without labels; with labels the summed loss (scalar), or with `score` log p(label) [N]."""
+        if labels is None:
+            return F.linear(hidden, self.weight)[..., : self.vocab_size]
+        if score:
+            return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows)
+        return linear_cross_entropy(
+            hidden, self.weight, labels, vocab_size=self.vocab_size, loss_weights=loss_weights, chunk_rows=chunk_rows
+        )
