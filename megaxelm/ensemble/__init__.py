@@ -1,0 +1,1 @@
+"""Routers, mixture of the experts' probabilities, scoring, generation, and the ensemble folder."""

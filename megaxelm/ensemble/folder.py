@@ -1,0 +1,262 @@
+"""The ensemble folder: experts, tokenizer and routers in one place, with relative paths only, so it moves and loads elsewhere.
+
+```
+ensemble/
+  config.json        model_type "xelm": experts in order, their languages, default router, top_m, combine
+  tokenizer/         Hugging Face tokenizer files
+  router/            router.json, and for `tfidf` centres.safetensors and the vector space
+  experts/<name>/    Hugging Face checkpoint folder; hard links to the exports where the disk allows, else copies
+```
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megaxelm.ensemble.mixture import COMBINE
+from megaxelm.ensemble.routers import ROUTER_NAMES, Router, RouterData, make_router
+from megaxelm.errors import MegaxelmError, RoutingError
+from megaxelm.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from megaxelm.corpus.tokenizer import Tokenizer
+    from megaxelm.model.decoder import Decoder
+
+MODEL_TYPE = "xelm"
+FORMAT = 1
+SPACE_NAME = "space"
+
+
+@dataclass(frozen=True)
+class EnsembleSettings:
+    """How the ensemble speaks when the caller does not say."""
+
+    router: str = "posterior"
+    top_m: int | None = None
+    combine: str = "mixture"
+
+    def check(self, num_experts: int, where: str) -> None:
+        """Raises RoutingError for a value out of range, naming `where` it stands."""
+        if self.router not in ROUTER_NAMES:
+            raise RoutingError(f"{where}: router = {self.router!r}: choose one of {', '.join(ROUTER_NAMES)}")
+        if self.combine not in COMBINE:
+            raise RoutingError(f"{where}: combine = {self.combine!r}: choose one of {', '.join(COMBINE)}")
+        if self.top_m is not None and not (isinstance(self.top_m, int) and 1 <= self.top_m <= num_experts):
+            raise RoutingError(f"{where}: top_m = {self.top_m}: choose 1 to {num_experts}, the number of experts in this ensemble")
+
+
+@dataclass
+class Ensemble:
+    """Experts, tokenizer and routers. A decoder is loaded when it is first asked for, and kept."""
+
+    experts: list[str]
+    loaders: Sequence[Callable[[], Decoder]]
+    tokenizer: Tokenizer
+    data: RouterData
+    settings: EnsembleSettings = EnsembleSettings()
+    languages: dict[str, dict[str, int]] = field(default_factory=dict)  # expert -> language -> training tokens
+    _decoders: dict[int, Decoder] = field(default_factory=dict, repr=False)
+
+    def decoder(self, expert: int) -> Decoder:
+        """The decoder of expert number `expert`, in evaluation mode.
+
+        Raises:
+            ModelError, RoutingError: its folder is missing, damaged, or does not fit the tokenizer.
+        """
+        if expert not in self._decoders:
+            decoder = self.loaders[expert]()
+            if decoder.config.vocab_size < self.tokenizer.vocab_size:
+                raise RoutingError(
+                    f"expert {self.experts[expert]}: its vocabulary has {decoder.config.vocab_size} pieces, the ensemble's tokenizer "
+                    f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
+                )
+            self._decoders[expert] = decoder.eval()
+        return self._decoders[expert]
+
+    @property
+    def decoders(self) -> list[Callable[[], Decoder]]:
+        """One function a expert, as `scoring` takes them."""
+        return [lambda expert=expert: self.decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
+
+    def router(self, name: str | None = None, **overrides: Any) -> Router:
+        """A router of this ensemble; None is its default one. `overrides` as in `make_router`."""
+        return make_router(name or self.settings.router, self.data, **overrides)
+
+
+def save_ensemble(
+    out: Path,
+    experts: Mapping[str, Path],
+    tokenizer_folder: Path,
+    data: RouterData,
+    settings: EnsembleSettings | None = None,
+    languages: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
+    """Write an ensemble folder into `out`.
+
+    Args:
+        experts: name -> export folder (Hugging Face checkpoint), in the order of the weights.
+        data: what the routers are made from; `data.experts` must be the same names in the same order.
+        languages: expert -> language -> training tokens, for `config.json`.
+
+    Raises:
+        RoutingError: an export is missing, or names do not agree.
+    """
+    settings = settings or EnsembleSettings()
+    if list(experts) != list(data.experts) or not experts:
+        raise RoutingError(
+            f"ensemble: experts {', '.join(experts) or 'none'} do not agree with those of the routers: {', '.join(data.experts)}"
+        )
+    settings.check(len(experts), "ensemble")
+    out.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name, folder in experts.items():
+        if not (folder / "config.json").is_file():
+            raise RoutingError(f"expert {name}: no export in {folder} (config.json is missing); train or export it first")
+        target = out / "experts" / name
+        _link_folder(folder, target)
+        entries.append({"name": name, "folder": f"experts/{name}", "languages": dict((languages or {}).get(name, {}))})
+    if not tokenizer_folder.is_dir():
+        raise RoutingError(f"ensemble: no tokenizer in {tokenizer_folder}; run the tokenizer stage first")
+    shutil.copytree(tokenizer_folder, out / "tokenizer", dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
+    _save_routers(out / "router", data)
+    config = {"model_type": MODEL_TYPE, "format": FORMAT, "experts": entries}
+    write_json(out / "config.json", config | {"router": settings.router, "top_m": settings.top_m, "combine": settings.combine})
+
+
+def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Ensemble:
+    """Read an ensemble folder; decoders are loaded later, when one is needed.
+
+    Raises:
+        RoutingError: not an ensemble folder, or something of it is missing or damaged. TokenizerError, ClusterError: those parts.
+    """
+    folder = Path(folder)
+    config = _read(folder / "config.json", folder)
+    if config.get("model_type") != MODEL_TYPE:
+        raise RoutingError(
+            f"{folder / 'config.json'}: model_type = {config.get('model_type')!r}, expected {MODEL_TYPE!r}: not an ensemble folder"
+        )
+    if config.get("format") != FORMAT:
+        raise RoutingError(
+            f"{folder / 'config.json'}: format = {config.get('format')!r}, this program reads {FORMAT}; build the ensemble again"
+        )
+    names, loaders, languages = [], [], {}
+    try:
+        for entry in config["experts"]:
+            path = folder / _inside(entry["folder"], folder)
+            if not (path / "config.json").is_file():
+                raise RoutingError(
+                    f"ensemble {folder}: the expert {entry['name']} is missing ({entry['folder']}/config.json); build it again"
+                )
+            names.append(entry["name"])
+            loaders.append(_loader(path, dtype, device))
+            languages[entry["name"]] = dict(entry["languages"])
+        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RoutingError(f"{folder / 'config.json'}: damaged ({type(error).__name__}: {error}); build the ensemble again") from None
+    if not names:
+        raise RoutingError(f"{folder / 'config.json'}: names no expert; build the ensemble again")
+    settings.check(len(names), str(folder / "config.json"))
+
+    from megaxelm.corpus.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    data = _load_routers(folder / "router", names, tokenizer)
+    return Ensemble(names, loaders, tokenizer, data, settings, languages)
+
+
+def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Callable[[], Decoder]:
+    def load() -> Decoder:
+        from megaxelm.model.hub import load_pretrained
+
+        return load_pretrained(path, dtype=dtype).to(device)
+
+    return load
+
+
+def _inside(relative: str, folder: Path) -> PurePosixPath:
+    path = PurePosixPath(relative)
+    if path.is_absolute() or ".." in path.parts:
+        raise RoutingError(f"{folder / 'config.json'}: folder = {relative!r} leads out of the ensemble folder; build it again")
+    return path
+
+
+def _read(path: Path, folder: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RoutingError(
+            f"{folder}: not an ensemble folder ({path.relative_to(folder)} is missing); `megaxelm run RECIPE` builds <run>/ensemble"
+        )
+    try:
+        value = read_json(path)
+    except MegaxelmError as error:
+        raise RoutingError(str(error)) from None
+    if not isinstance(value, dict):
+        raise RoutingError(f"{path}: damaged (expected an object, found {type(value).__name__}); build the ensemble again")
+    return value
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Hard links cost no disk; another file system or one without links gets copies, which are equal."""
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir(parents=True, exist_ok=True)
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), copy)
+        except OSError:
+            shutil.copy2(path, copy)
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "language_expert": (dict,),
+    "fixed_weights": (dict,),
+    "temperature": (int, float),
+    "distance_power": (int,),
+    "posterior_prior": (list, type(None)),
+    "posterior_decay": (int, float),
+}
+
+
+def _save_routers(folder: Path, data: RouterData) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    has_space = data.space is not None and data.centres is not None
+    if has_space:
+        data.space.save(folder, SPACE_NAME)
+        save_file({"centres": data.centres.to(torch.float32).contiguous()}, folder / "centres.safetensors")  # type: ignore[union-attr]
+    write_json(folder / "router.json", {name: getattr(data, name) for name in _PLAIN} | {"tfidf": has_space})
+
+
+def _load_routers(folder: Path, names: list[str], tokenizer: Tokenizer) -> RouterData:
+    values = _read(folder / "router.json", folder.parent)
+    missing = [name for name in (*_PLAIN, "tfidf") if name not in values]
+    if missing:
+        raise RoutingError(f"{folder / 'router.json'}: {', '.join(missing)} missing; build the ensemble again")
+    wrong = [name for name, kinds in _PLAIN.items() if not isinstance(values[name], kinds) or isinstance(values[name], bool)]
+    if wrong:
+        raise RoutingError(f"{folder / 'router.json'}: {wrong[0]} = {values[wrong[0]]!r} is damaged; build the ensemble again")
+    data = RouterData(names, **{name: values[name] for name in _PLAIN}, decode=tokenizer.decode)
+    if values["tfidf"]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from megaxelm.cluster.space import TfidfSpace
+
+        path = folder / "centres.safetensors"
+        try:
+            data.centres = load_file(path)["centres"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RoutingError(f"{path}: missing or damaged ({error}); build the ensemble again") from None
+        if data.centres.shape[0] != len(names):
+            raise RoutingError(f"{path}: {data.centres.shape[0]} centres for {len(names)} experts; build the ensemble again")
+        data.space = TfidfSpace.load(folder, SPACE_NAME, tokenizer)
+    return data
