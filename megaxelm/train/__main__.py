@@ -1,0 +1,99 @@
+"""Train one model of a run: the program that `deepspeed`, `torchrun` or `megaxelm train` starts on every rank.
+
+    deepspeed --num_gpus 2 --module megaxelm.train runs/demo --expert dense --deepspeed_config ds_configs/zero2.json
+    python -m megaxelm.train recipes/demo.yaml --expert seed
+
+The clusters and the token index must be on disk (`megaxelm run RECIPE --until index`), and so must the model's parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from megaxelm.errors import MegaxelmError
+from megaxelm.recipe import load_recipe
+from megaxelm.run import MARKER, RunFolder
+from megaxelm.stages import Stages
+from megaxelm.train.ds_config import fill_ds_config, find_ds_config
+from megaxelm.train.environment import check_compiler, find_processes
+from megaxelm.train.members import Member
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="megaxelm.train", description="Train one model of a run.")
+    parser.add_argument("run", help="a run directory, or the recipe of one")
+    parser.add_argument("--expert", required=True, help="seed, dense, or the name of a cluster")
+    parser.add_argument("--deepspeed_config", help="file or name in ds_configs/; default: train.deepspeed_config of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe")
+    parser.add_argument("--runs", default="runs", help="folder of the runs, when a recipe is given (default: runs)")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; the environment is used")
+    options = parser.parse_args(arguments)
+    try:
+        _train(options)
+    except MegaxelmError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    path = Path(options.run)
+    if path.is_dir():
+        run = RunFolder(path)
+        recipe = load_recipe(path / "recipe.yaml", options.set) if (path / "recipe.yaml").exists() else run.recipe()
+    else:
+        recipe = load_recipe(path, options.set)
+        run = RunFolder(Path(options.runs) / recipe.name)
+    stages = Stages(run, recipe)
+    processes = find_processes()
+    member, made_from = stages.open_for_training(options.expert)
+    if processes.rank == 0:
+        check_compiler()
+        moved = run.open_expert(member.name, made_from)
+        if moved:
+            print(f"the earlier `{member.name}` belongs to other settings and is kept in {moved}", flush=True)
+        if (run.expert(member.name) / MARKER).exists():
+            print(f"`{member.name}` is trained and fresh: nothing to do", flush=True)
+
+    import torch
+
+    from megaxelm.train import loop
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", processes.local_rank) if cuda else torch.device("cpu")
+    ds_config = fill_ds_config(
+        find_ds_config(options.deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda
+    )
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    torch.distributed.barrier()  # rank 0 has settled the folder before the others look into it
+    if not (run.expert(member.name) / MARKER).exists():
+        setting = loop.Setting(run, recipe, member, ds_config, processes, device)
+        with run.lock(f"experts/{member.name}") if processes.rank == 0 else contextlib.nullcontext():
+            loop.train(setting, _bar) if member.steps else loop.export_seed(setting)
+        if processes.rank == 0:
+            run.close_expert(member.name, made_from)
+            print(f"`{member.name}` is trained: {member.tokens:,} tokens; export in {run.expert(member.name)}/export", flush=True)
+    # Not in a `finally`: a rank that failed must end at once, so that the launcher ends those that wait for it.
+    torch.distributed.destroy_process_group()
+
+
+def _bar(member: Member, start: int) -> Iterable[int]:
+    """Steps still to do, with a bar on a terminal; without one (a log file) the metrics say how far it is."""
+    from tqdm import tqdm
+
+    steps = range(start, member.steps)
+    return tqdm(steps, desc=f"train {member.name}", total=member.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
