@@ -54,14 +54,13 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "demo": ["django==5.2.*", "wagtail>=7"],
+        "demo": ["django>=5.2", "wagtail>=7", "django-cms>=5", "sphinx>=8", "django-allauth>=65"],
         "eval": ["lm-eval>=0.4.13"],
         "scale": ["datatrove[io]>=0.10.1", "ray>=2.50"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["megaxelm = megaxelm.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

@@ -5,17 +5,15 @@ A mistake of the user (MegaxelmError) is printed without a traceback and ends wi
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megaxelm import __version__
-from megaxelm.errors import MegaxelmError, StageError
+from megaxelm.console import end_on_signals, run_guarded
+from megaxelm.errors import StageError
 from megaxelm.recipe import Recipe, dump_recipe, load_recipe, recipe_docs
 from megaxelm.run import RunFolder
 
@@ -82,7 +80,7 @@ def train(
     from megaxelm.train.members import find_member
 
     folder, recipe = _open_run(run, overrides, runs)
-    stages = Stages(folder, recipe)
+    stages = Stages(folder, recipe, check_sources=False)
     if expert is not None:
         find_member(stages.members(), expert)
     made = stages.train_models(expert)
@@ -96,8 +94,9 @@ def evaluate(run: RunArgument, overrides: SetOption = None, runs: RunsOption = _
     from megaxelm.stages import Stages
 
     folder, recipe = _open_run(run, overrides, runs)
-    Stages(folder, recipe).make_one("ensemble")
-    Stages(folder, recipe).make_one("evaluation")
+    stages = Stages(folder, recipe, check_sources=False)
+    stages.make_one("ensemble")
+    stages.make_one("evaluation")
     _print_table(folder)
 
 
@@ -107,7 +106,7 @@ def report(run: RunArgument, runs: RunsOption = _RUNS) -> None:
     from megaxelm.stages import Stages
 
     folder, recipe = _open_run(run, None, runs)
-    Stages(folder, recipe).run(only="report")
+    Stages(folder, recipe, check_sources=False).run(only="report")
     print(f"report: {folder.path}/report/index.html")
 
 
@@ -272,30 +271,10 @@ def _print_table(folder: RunFolder) -> None:
     print_table(read_json(folder.path / "evaluation" / "results.json"))
 
 
-def _guarded(command: Callable[[], None]) -> int:
-    try:
-        command()
-    except MegaxelmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was finished stays, and the same command goes on from there", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{where}: free some space and start the same command again; what was finished stays", file=sys.stderr)
-        return 2
-    return 0
-
-
 def main() -> None:
     """Entry point of the `megaxelm` command."""
-    sys.exit(_guarded(lambda: app()))
+    end_on_signals()
+    sys.exit(run_guarded(lambda: app()))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe) -> None:
         path = self.path / "recipe.yaml"
-        aside = path.with_name(".recipe.yaml.new")
+        aside = path.with_name(f".recipe.yaml.{os.getpid()}")
         aside.write_text(dump_recipe(recipe), encoding="utf-8")
         os.replace(aside, path)
 

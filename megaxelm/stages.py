@@ -24,13 +24,25 @@ _STAGE_VERSION = 1
 
 
 class Stages:
-    """The stages of one run under one recipe."""
+    """The stages of one run under one recipe.
 
-    def __init__(self, run: RunFolder, recipe: Recipe, say: Callable[[str], None] = lambda text: print(text, flush=True)) -> None:
+    Args:
+        check_sources: look whether the files that the run was made from have changed. Verbs that use a run do not: it may have been moved
+            away from its sources.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        say: Callable[[str], None] = lambda text: print(text, flush=True),
+        check_sources: bool = True,
+    ) -> None:
         self.folder = run
         self.recipe = recipe
         self.say = say
-        self._corpus_sources: dict[str, str] | None = None
+        self.check_sources = check_sources
+        self._known_sources: dict[str, dict[str, str]] = {}
 
     # What every unit is made from.
 
@@ -61,24 +73,32 @@ class Stages:
     def _fingerprints(self, *units: str) -> dict[str, str]:
         return {unit: self.made_from(unit).fingerprint for unit in units}
 
+    def _sources(self, unit: str, look: Callable[[], dict[str, str]]) -> dict[str, str]:
+        if unit not in self._known_sources:
+            marker = None if self.check_sources else self.folder.marker(unit)
+            self._known_sources[unit] = look() if marker is None else marker["sources"]
+        return self._known_sources[unit]
+
     def _corpus_made_from(self) -> MadeFrom:
         from megaxelm.corpus.readers import source_fingerprint
 
-        if self._corpus_sources is None:
-            self._corpus_sources = source_fingerprint([*self.recipe.corpus.train, *self.recipe.corpus.valid])
-        return MadeFrom(self._settings({"corpus": result_settings(self.recipe.corpus)}), sources=self._corpus_sources)
+        corpus = self.recipe.corpus
+        sources = self._sources("corpus", lambda: source_fingerprint([*corpus.train, *corpus.valid]))
+        return MadeFrom(self._settings({"corpus": result_settings(corpus)}), sources=sources)
 
     def _tokenizer_made_from(self) -> MadeFrom:
         settings = self._settings({"tokenizer": result_settings(self.recipe.tokenizer)})
         loaded = self.recipe.tokenizer.load
         if loaded is None:
             return MadeFrom(settings, self._fingerprints("corpus"))
-        return MadeFrom(settings, sources=_folder_sources(Path(loaded), ("tokenizer.json", "tokenizer_config.json", "*.model")))
+        patterns = ("tokenizer.json", "tokenizer_config.json", "*.model")
+        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: _folder_sources(Path(loaded), patterns)))
 
     def _clusters_made_from(self) -> MadeFrom:
         clusters = result_settings(self.recipe.clusters)
         kind = self.recipe.clusters.partitioner
-        kept = {key: value for key, value in clusters.items() if key in ("partitioner", "k", "seed", kind)}
+        used = ("partitioner", "k", kind, *(["seed"] if kind == "tfidf" else []))
+        kept = {key: value for key, value in clusters.items() if key in used}
         subword = kind == "tfidf" and self.recipe.clusters.tfidf.analyzer == "subword"
         return MadeFrom(self._settings({"clusters": kept}), self._fingerprints("corpus", *(["tokenizer"] if subword else [])))
 
@@ -88,7 +108,8 @@ class Stages:
     def _expert_made_from(self, member: Member) -> MadeFrom:
         settings = self._settings(member_settings(self.recipe, member))
         if member.kind == "seed" and self.recipe.seed.load:
-            sources = _folder_sources(Path(self.recipe.seed.load), ("config.json", "*.safetensors", "*.bin"))
+            loaded = Path(self.recipe.seed.load)
+            sources = self._sources("experts/seed", lambda: _folder_sources(loaded, ("config.json", "*.safetensors", "*.bin")))
             return MadeFrom(settings, self._fingerprints("tokenizer"), sources)
         languages = self._languages_of(member)
         if languages is None:
@@ -160,6 +181,7 @@ class Stages:
         """Train seed and experts, or one of them with its parents; the index must be fresh. Returns whether anything was trained."""
         self._require_fresh(STAGES[: STAGES.index("seed")])
         with self.folder.lock():
+            self.folder.write_recipe(self.recipe)
             made = self._run_stage("seed", False, None)
             return (expert != "seed" and self._run_stage("experts", False, expert)) or made
 
@@ -167,6 +189,7 @@ class Stages:
         """Make one stage when it is missing or stale; the ones before it must be fresh. Returns whether it was made."""
         self._require_fresh(STAGES[: STAGES.index(stage)])
         with self.folder.lock():
+            self.folder.write_recipe(self.recipe)
             return self._run_stage(stage, False, None)
 
     def _run_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
@@ -207,7 +230,7 @@ class Stages:
             began = time.monotonic()
             train_members(self.folder, self.recipe, waiting)
             self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
-        if stage == "experts":
+        if stage == "experts" and (waiting or not (self.folder.path / "lineage.json").exists()):
             self.write_lineage()
         return bool(waiting)
 
@@ -272,7 +295,7 @@ class Stages:
         build_clusters(self.recipe, self.folder.folder("corpus"), Tokenizer.load(self.folder.folder("tokenizer")), out)
 
     def _make_index(self, out: Path) -> None:
-        from megaxelm.cluster.partitioner import load_partitioner
+        from megaxelm.cluster.load import load_partitioner
         from megaxelm.corpus.build import build_index
         from megaxelm.corpus.tokenizer import Tokenizer
 

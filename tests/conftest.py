@@ -9,6 +9,8 @@ from tiny_run import tiny_recipe, write_corpus
 
 # Threads of several test processes on the same cores slow each other down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Names that are not folders must fail at once, not after retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

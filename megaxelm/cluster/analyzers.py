@@ -15,13 +15,20 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megaxelm.cluster.partitioner import TextEncoder
 from megaxelm.errors import ClusterError
 
 _MASK = (1 << 64) - 1
 _FACTOR = 0x9E3779B97F4A7C15  # odd, with bits spread evenly (2^64 over the golden ratio)
 _PAIR_SHIFT = 32
 _LONGEST = 4
+
+
+class TextEncoder(Protocol):
+    """What clustering needs of a tokenizer: token ids without special tokens."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        ...
 
 
 @dataclass

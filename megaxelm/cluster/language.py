@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megaxelm.cluster.partitioner import Partitioner, TextEncoder, assign_by_language, language_groups, languages_of, unique_names
+from megaxelm.cluster.analyzers import TextEncoder
+from megaxelm.cluster.language_sets import assign_by_language, language_groups, languages_of, unique_names
+from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.errors import ClusterError
 
 if TYPE_CHECKING:

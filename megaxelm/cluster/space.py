@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaxelm.cluster.analyzers import Analyzer, SubwordAnalyzer, TermState, make_analyzer
-from megaxelm.cluster.partitioner import TextEncoder, damaged_is_an_error, read_state, write_state
+from megaxelm.cluster.analyzers import Analyzer, SubwordAnalyzer, TermState, TextEncoder, make_analyzer
+from megaxelm.cluster.state import damaged_is_an_error, read_state, write_state
 from megaxelm.errors import ClusterError
 from megaxelm.recipe import TfidfConfig
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaxelm.cluster import uriel
+from megaxelm.cluster.analyzers import TextEncoder
 from megaxelm.cluster.language import LanguagePartitioner
-from megaxelm.cluster.partitioner import Partitioner, TextEncoder
+from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.cluster.tfidf import TfidfPartitioner
 from megaxelm.cluster.typology import TypologyPartitioner, average_linkage
 from megaxelm.errors import ClusterError

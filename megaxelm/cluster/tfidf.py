@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from megaxelm.cluster.analyzers import TextEncoder
 from megaxelm.cluster.kmeans import balanced_kmeans, squared_distances
-from megaxelm.cluster.partitioner import Partitioner, TextEncoder, entry
+from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.cluster.space import TfidfSpace
+from megaxelm.cluster.state import entry
 from megaxelm.errors import ClusterError
 from megaxelm.recipe import TfidfConfig
 

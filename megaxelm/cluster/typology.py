@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaxelm.cluster import uriel
-from megaxelm.cluster.partitioner import Partitioner, TextEncoder, assign_by_language, entry, language_groups, languages_of, unique_names
+from megaxelm.cluster.analyzers import TextEncoder
+from megaxelm.cluster.language_sets import assign_by_language, language_groups, languages_of, unique_names
+from megaxelm.cluster.partitioner import Partitioner
+from megaxelm.cluster.state import entry
 from megaxelm.errors import ClusterError
 
 if TYPE_CHECKING:

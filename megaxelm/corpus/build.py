@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
 from megaxelm.corpus.document import Document
@@ -19,6 +18,7 @@ from megaxelm.corpus.prepare import load_manifest, training_documents
 from megaxelm.corpus.token_index import TokenIndex, TokenIndexWriter
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import ClusterError, CorpusError, TokenIndexError
+from megaxelm.files import hash_file
 from megaxelm.recipe import Recipe
 
 _BATCH_DOCUMENTS = 1024
@@ -74,7 +74,7 @@ def build_index(
             "documents": writer.num_documents,
             "tokens": writer.num_tokens,
             "bytes": num_bytes[cluster, language],
-            "xxh3": {ending: _hash(out / cluster / f"{language}.{ending}") for ending in ("bin", "idx")},
+            "xxh3": {ending: hash_file(out / cluster / f"{language}.{ending}") for ending in ("bin", "idx")},
         }
     manifest = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "clusters": clusters}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -110,6 +110,25 @@ def open_streams(index_folder: Path, clusters: Iterable[str] | None = None) -> d
                 )
             streams.setdefault(language, []).append(index)
     return dict(sorted(streams.items()))
+
+
+def verify_index(index_folder: Path) -> Iterator[str]:
+    """Read every index through: contents against the hashes of the manifest, order, lengths, ids. Yields a line for each that is sound.
+
+    Raises:
+        TokenIndexError: the first that is not.
+    """
+    manifest = load_index_manifest(index_folder)
+    open_streams(index_folder)
+    for cluster, languages in sorted(manifest["clusters"].items()):
+        for language, counts in sorted(languages.items()):
+            prefix = index_folder / cluster / language
+            for ending, wanted in counts["xxh3"].items():
+                path = prefix.with_name(f"{language}.{ending}")
+                if hash_file(path) != wanted:
+                    raise TokenIndexError(f"{path}: changed since it was written; make the index again (--from index)")
+            TokenIndex(prefix).verify(manifest["vocab_size"])
+            yield f"{cluster}/{language}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, sound"
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -159,11 +178,3 @@ def _check_complete(
             f"no document was assigned to cluster {', '.join(empty)}, so its expert would have nothing to learn: lower clusters.k, or give "
             "more text"
         )
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

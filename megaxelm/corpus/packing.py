@@ -19,7 +19,7 @@ class PackedBatch:
     """A packed batch of N tokens in S segments that do not see each other.
 
     `tokens`, `labels` (-100: no target), `positions` and `sample_ids` (number of the sample in the run) are int64 [N],
-    `cu_seqlens` is int32 [S + 1]. `num_targets`: labels that count; `max_seqlen`: tokens of the longest segment; `languages`: of
+    `cu_seqlens` is int32 [S + 1] on the CPU. `num_targets`: labels that count; `max_seqlen`: tokens of the longest segment; `languages`: of
     each window, which has N / windows tokens.
     """
 
@@ -33,8 +33,8 @@ class PackedBatch:
     languages: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
-        names = ("tokens", "labels", "positions", "cu_seqlens", "sample_ids")
+        """The same batch on `device`, but for `cu_seqlens`: its values are needed on the CPU, and reading them back would wait."""
+        names = ("tokens", "labels", "positions", "sample_ids")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 

@@ -32,7 +32,7 @@ def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
     Raises:
         RoutingError: an export is missing, `ensemble.*` names an expert that is not there, or an expert has no document in the sample.
     """
-    from megaxelm.cluster.partitioner import load_partitioner
+    from megaxelm.cluster.load import load_partitioner
     from megaxelm.corpus.tokenizer import Tokenizer
 
     tokenizer_folder = run_folder / "tokenizer"

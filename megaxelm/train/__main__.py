@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from megaxelm.errors import MegaxelmError
+from megaxelm.console import run_guarded
 from megaxelm.recipe import load_recipe
 from megaxelm.run import MARKER, RunFolder
 from megaxelm.stages import Stages
@@ -34,13 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", default="runs", help="folder of the runs, when a recipe is given (default: runs)")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; the environment is used")
     options = parser.parse_args(arguments)
-    try:
-        _train(options)
-    except MegaxelmError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    rank = os.environ.get("RANK", "0")
+    return run_guarded(lambda: _train(options), prefix="" if rank == "0" else f"rank {rank}: ")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -52,11 +47,12 @@ def _train(options: argparse.Namespace) -> None:
     else:
         recipe = load_recipe(path, options.set)
         run = RunFolder(Path(options.runs) / recipe.name)
-    stages = Stages(run, recipe)
+    stages = Stages(run, recipe, check_sources=False)
     processes = find_processes()
     member, made_from = stages.open_for_training(options.expert)
     if processes.rank == 0:
         check_compiler()
+        run.write_recipe(recipe)
         moved = run.open_expert(member.name, made_from)
         if moved:
             print(f"the earlier `{member.name}` belongs to other settings and is kept in {moved}", flush=True)

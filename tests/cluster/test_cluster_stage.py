@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megaxelm.cluster.kmeans import squared_distances
-from megaxelm.cluster.partitioner import load_partitioner
+from megaxelm.cluster.load import load_partitioner
 from megaxelm.cluster.stage import build_clusters
 from megaxelm.cluster.tfidf import TfidfPartitioner, equal_shares, stratified_sample
 from megaxelm.corpus.document import Document

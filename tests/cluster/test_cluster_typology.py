@@ -9,7 +9,9 @@ import pytest
 
 from megaxelm.cluster import typology, uriel
 from megaxelm.cluster.language import LanguagePartitioner
-from megaxelm.cluster.partitioner import Partitioner, cluster_name, load_partitioner, unique_names
+from megaxelm.cluster.language_sets import cluster_name, unique_names
+from megaxelm.cluster.load import load_partitioner
+from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.cluster.typology import TypologyPartitioner
 from megaxelm.corpus.document import Document
 from megaxelm.errors import ClusterError

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, part by part, in under 10 minutes: gpu.sh FOLDER
+# Appends one JSON line a part to FOLDER/results.jsonl as soon as it is done; a part that is there already is skipped. Needs torch, triton,
+# numpy, transformers and pydantic, no network. Each part has a time limit, and one that fails does not stop the others.
+set -uo pipefail
+folder=${1:?usage: gpu.sh FOLDER}
+mkdir -p "$folder"
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+results=$folder/results.jsonl
+touch "$results"
+
+part() {
+    local name=$1 seconds=$2
+    shift 2
+    grep -q "\"part\": \"$name\"" "$results" && { echo "$name: done before"; return; }
+    echo "== $name"
+    timeout "$seconds" "$@" 2>&1 | tee "$folder/$name.log"
+    local code=${PIPESTATUS[0]}
+    python3 - "$name" "$code" "$folder/$name.log" >>"$results" <<'PYTHON'
+import json, sys
+name, code, log = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+last = (open(log, errors="replace").read().strip().splitlines() or [""])[-1]
+print(json.dumps({"part": name, "exit_code": code, "result": json.loads(last) if last.startswith("{") else last}))
+PYTHON
+    # A part that failed is tried again next time.
+    [ "$code" -eq 0 ] || { sed -i '$d' "$results"; echo "$name: exit code $code"; failed=1; }
+}
+
+failed=0
+python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
+part tests 240 python3 -m pytest -q -m gpu tests/kernels tests/model
+part head_loss 120 python3 benchmarks/head_loss.py
+part training_step 180 python3 benchmarks/training_step.py
+cat "$results"
+exit $failed

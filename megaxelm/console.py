@@ -1,0 +1,52 @@
+"""How a command ends: a user's mistake, an interrupt and a full disk are told in a sentence, without a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from megaxelm.errors import MegaxelmError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt, which the command line parser would swallow."""
+
+
+def end_on_signals() -> None:
+    """Unwind on SIGINT and SIGTERM, so that processes which a command started end with it."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise Interrupted
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def run_guarded(command: Callable[[], object], prefix: str = "") -> int:
+    """Run a command and return its exit code; what is a defect of the program keeps its traceback."""
+    try:
+        command()
+    except MegaxelmError as error:
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except (KeyboardInterrupt, Interrupted):
+        print(f"{prefix}stopped; what was finished stays, and the same command goes on from there", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output has gone (`| head`): nothing more may be written, not even when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        text = f"{prefix}error: the disk is full{where}: free some space and start the same command again; what was finished stays"
+        print(text, file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0

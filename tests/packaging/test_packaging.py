@@ -1,0 +1,110 @@
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import REPOSITORY
+
+import megaxelm
+
+
+def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=dict(os.environ) | variables, timeout=120)
+
+
+def test_the_folder_kernels_does_not_shadow_the_package_kernels(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("NAME = 'the package of Hugging Face'\n")
+    done = run(sys.executable, "-c", "import kernels; print(kernels.NAME)", cwd=REPOSITORY, PYTHONPATH=str(tmp_path))
+    assert done.stdout.strip() == "the package of Hugging Face", done.stderr
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+
+
+def test_setup_has_no_side_effects(tmp_path: Path) -> None:
+    for name in ("setup.py", "README.md", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    done = run(sys.executable, "setup.py", "--version", cwd=tmp_path)
+    assert done.stdout.strip().splitlines()[-1] == megaxelm.__version__
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "pyproject.toml", "setup.py"]
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    heavy = ("torch", "transformers", "deepspeed", "sklearn", "matplotlib")
+    code = f"import sys, megaxelm.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = run(sys.executable, "-c", code, cwd=REPOSITORY, PYTHONPATH="kernels")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# Where each stage folder may look besides itself and the modules at the top (errors, files, recipe, run, console).
+ALLOWED = {
+    "recipe": set(),
+    "corpus": set(),
+    "cluster": {"corpus"},
+    "model": set(),
+    "train": {"corpus", "model", "stages"},  # stages: its entry program alone, see below
+    "ensemble": {"corpus", "cluster", "model"},
+    "evaluate": {"corpus", "ensemble", "model"},
+    "report": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_arrows_between_the_folders_go_one_way(folder: str) -> None:
+    for path in (REPOSITORY / "megaxelm" / folder).rglob("*.py"):
+        for module in imports(path):
+            if not module.startswith("megaxelm."):
+                continue
+            target = module.split(".")[1]
+            allowed = ALLOWED[folder] | {folder, "errors", "files", "recipe", "run", "console"}
+            assert target in allowed, f"{path.relative_to(REPOSITORY)} imports {module}"
+            assert target != "stages" or path.name == "__main__.py", f"{path.relative_to(REPOSITORY)} imports {module}"
+
+
+def test_kernels_know_nothing_of_megaxelm() -> None:
+    for path in (REPOSITORY / "kernels").rglob("*.py"):
+        assert not any(module == "megaxelm" or module.startswith("megaxelm.") for module in imports(path)), path
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_the_array_script_maps_tasks_to_members(tmp_path: Path) -> None:
+    (tmp_path / "run" / "clusters").mkdir(parents=True)
+    (tmp_path / "run" / "clusters" / "report.json").write_text(json.dumps({"names": ["de-en", "ru"]}))
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "deepspeed").write_text('#!/bin/sh\necho "$@"\n')
+    (tools / "deepspeed").chmod(0o755)
+    (tools / "python").symlink_to(sys.executable)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    script = str(REPOSITORY / "slurm" / "experts.sbatch")
+    for task, expert in (("0", "dense"), ("2", "ru")):
+        done = run(
+            "bash",
+            script,
+            "run",
+            "--deepspeed_config",
+            "zero3",
+            cwd=tmp_path,
+            PATH=path,
+            SLURM_ARRAY_TASK_ID=task,
+            SLURM_JOB_ID="7",
+            SLURM_GPUS_ON_NODE="4",
+        )
+        assert f"--num_gpus 4 --master_port 20007 --module megaxelm.train run --expert {expert} --deepspeed_config zero3" in done.stdout, (
+            done.stderr
+        )
+    done = run("bash", script, "run", cwd=tmp_path, PATH=path, SLURM_ARRAY_TASK_ID="3", SLURM_JOB_ID="7")
+    assert done.returncode != 0 and "tasks 0 to 2" in done.stderr

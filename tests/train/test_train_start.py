@@ -1,0 +1,69 @@
+"""Where the weights of a model come from, and what it is trained with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import run_module
+
+from megaxelm.corpus.tokenizer import Tokenizer
+from megaxelm.files import read_json
+from megaxelm.model.config import config_from_recipe
+from megaxelm.model.decoder import Decoder
+from megaxelm.model.hub import load_pretrained, save_pretrained
+from megaxelm.recipe import load_recipe
+from megaxelm.run import MARKER, RunFolder
+from megaxelm.train.environment import Processes
+from megaxelm.train.loop import Setting, build_model
+from megaxelm.train.members import plan_members
+
+
+def random_seed_model(run: Path, folder: Path) -> Decoder:
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    recipe = RunFolder(run).recipe()
+    model = Decoder(config_from_recipe(recipe.model, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.hf.pad_token_id))
+    model.initialise(7)
+    save_pretrained(model, folder, tokenizer_folder=run / "tokenizer")
+    return model
+
+
+def setting_of(run: Path, name: str, *overrides: str) -> Setting:
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    member = plan_members(recipe, ["bg-en", "de-ru"])[name]
+    return Setting(RunFolder(run), recipe, member, {}, Processes(0, 1, 0, "a test"), torch.device("cpu"))
+
+
+def test_an_expert_starts_from_its_parent_in_training_mode(indexed_run: Path) -> None:
+    parent = random_seed_model(indexed_run, indexed_run / "experts" / "seed" / "export")
+    setting = setting_of(indexed_run, "de-ru", "model.dropout=0.25")
+    model = build_model(setting, Tokenizer.load(indexed_run / "tokenizer"))
+    assert model.training and model.config.residual_dropout == 0.25
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, parent.get_parameter(name), rtol=0, atol=0)
+
+
+def test_a_loaded_seed_is_exported_as_it_is(indexed_run: Path, tmp_path: Path) -> None:
+    loaded = random_seed_model(indexed_run, tmp_path / "seed")
+    done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--set", f"seed.load={tmp_path / 'seed'}")
+    assert done.returncode == 0, done.stderr
+    exported = load_pretrained(indexed_run / "experts" / "seed" / "export")
+    for name, parameter in exported.named_parameters():
+        torch.testing.assert_close(parameter, loaded.get_parameter(name), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_megaxelm_train_starts_several_ranks_through_deepspeed(indexed_run: Path) -> None:
+    arguments = ["--expert", "seed", "--set", "train.num_devices=2", "--set", "train.deepspeed_config=zero2"]
+    done = run_module("megaxelm.cli", "train", str(indexed_run), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    choices = read_json(indexed_run / "experts" / "seed" / "choices.json")
+    assert choices["processes"] == 2 and choices["zero_stage"] == 2
+    assert choices["attention"] == "sdpa" and choices["resumed_from_step"] == 0
+
+
+def test_a_failed_training_is_told_with_its_reason(indexed_run: Path) -> None:
+    arguments = ["--expert", "seed", "--set", "train.num_devices=1", "--set", "train.deepspeed_config=zero7"]
+    done = run_module("megaxelm.cli", "train", str(indexed_run), *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "`seed` was not trained (exit code 2" in done.stderr and "zero1, zero2, zero3" in done.stderr
+    assert not (indexed_run / "experts" / "seed" / MARKER).exists()
