@@ -32,13 +32,15 @@ $(VENV)/.torch:
 	@tools/check_system.sh $(PYTHON)
 	@if $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert v >= (2, 11)' 2>/dev/null; then \
 	    echo "using the torch that $(PYTHON) has"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-	    echo "fetching $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(PIP) $(TORCH); \
-	fi
+	else $(PYTHON) -m venv $(VENV); fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "fetching $(TORCH)"; $(PIP) $(TORCH); }
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch setup.py
+	@echo "installing MegaXELM and what it needs"
 	$(PIP) -e '.[demo]'
+	@echo "compiling DeepSpeed's extension, once"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from megaxelm.train.environment import build_extension; build_extension()'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -279,9 +279,11 @@ class Stages:
         write_json(self.folder.path / "account.json", account(members))
 
     def _make_corpus(self, out: Path) -> None:
-        from megaxelm.corpus.prepare import prepare_corpus
+        from megaxelm.corpus.prepare import load_manifest, prepare_corpus
 
         prepare_corpus(self.recipe, out)
+        for line in _corpus_summary(load_manifest(out)):
+            self.say(line)
 
     def _make_tokenizer(self, out: Path) -> None:
         from megaxelm.corpus.tokenizer import build_tokenizer
@@ -321,6 +323,28 @@ class Stages:
         from megaxelm.report.stage import build_report
 
         build_report(self.folder.path, out)
+
+
+def _corpus_summary(manifest: dict[str, Any]) -> list[str]:
+    """How much text there is, and where it comes from."""
+    languages = manifest["languages"].values()
+    documents, size = (sum(counts[f"train_{unit}"] for counts in languages) for unit in ("documents", "bytes"))
+    held_out = sum(counts["valid_documents"] for counts in languages)
+    lines = [
+        f"text: {documents:,} documents, {size / 1e6:.2f} MB in {len(languages)} languages to train on, {held_out:,} documents held out"
+    ]
+    packages = [
+        f"{source['distribution']} {source['version']} ({source['licence']})"
+        for source in manifest["sources"]["train"]
+        if source["kind"] == "catalogs"
+    ]
+    if packages:
+        lines.append(f"text from the message catalogs of {', '.join(packages)}")
+    broken = manifest["broken"]
+    if broken["count"]:
+        first = broken["examples"][0]
+        lines.append(f"{broken['count']:,} broken documents were left out, the first: {first} (all examples: corpus/manifest.json)")
+    return lines
 
 
 def _folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:

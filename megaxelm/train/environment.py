@@ -57,6 +57,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def build_extension() -> None:
+    """Compile what DeepSpeed needs on a CPU, once a machine and torch version, so that the first training does not wait for it.
+
+    Raises:
+        TrainError: a tool is missing.
+    """
+    check_compiler()
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+
+
 def check_compiler() -> None:
     """DeepSpeed compiles a small extension when it starts; without the tools it prints an error, goes on, and exits with 0.
 

@@ -65,6 +65,8 @@ def test_a_second_run_does_nothing_and_says_so(made: Path) -> None:
         ("evaluation.max_documents=2", ["evaluation", "report"]),
         ("ensemble.temperature=1", ["ensemble", "evaluation", "report"]),
         ("train.lr=2e-3", ["experts/dense", "experts/bg-en", "experts/de-ru", "ensemble", "evaluation", "report"]),
+        # Other clusters do not touch the seed and the dense model, nor an expert whose languages stay together.
+        ("clusters.k=4", ["clusters", "index", "ensemble", "evaluation", "report"]),
         ("clusters.tfidf.dimensions=20", ["ensemble", "evaluation", "report"]),
         ("seed.lr=2e-3", ["experts/seed", "experts/dense", "experts/bg-en", "experts/de-ru", "ensemble", "evaluation", "report"]),
     ],

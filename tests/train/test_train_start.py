@@ -1,11 +1,14 @@
 """Where the weights of a model come from, and what it is trained with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import run_module
 
+from megaxelm.corpus.build import open_streams
+from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.files import read_json
 from megaxelm.model.config import config_from_recipe
@@ -14,7 +17,7 @@ from megaxelm.model.hub import load_pretrained, save_pretrained
 from megaxelm.recipe import load_recipe
 from megaxelm.run import MARKER, RunFolder
 from megaxelm.train.environment import Processes
-from megaxelm.train.loop import Setting, build_model
+from megaxelm.train.loop import Setting, _Steps, build_model
 from megaxelm.train.members import plan_members
 
 
@@ -40,6 +43,21 @@ def test_an_expert_starts_from_its_parent_in_training_mode(indexed_run: Path) ->
     assert model.training and model.config.residual_dropout == 0.25
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, parent.get_parameter(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_ranks_and_micro_batches_share_the_samples_of_a_step(indexed_run: Path, document_mask: bool) -> None:
+    overrides = [f"train.document_mask={document_mask}".lower(), f"tokenizer.begin_of_document={document_mask}".lower()]
+    seen, segments = [], 0
+    for rank in (0, 1):
+        setting = setting_of(indexed_run, "dense", *overrides)
+        setting = replace(setting, processes=Processes(rank, 2, rank, "a test"), ds_config={"train_micro_batch_size_per_gpu": 2})
+        blend = Blend(open_streams(indexed_run / "index"), 32, 1.0, 0)
+        for batch in _Steps(setting, None, blend, {})._batches(step=3):
+            seen += batch.sample_ids.unique().tolist()
+            segments += len(batch.cu_seqlens) - 1
+    assert seen == list(range(24, 32))
+    assert (segments > 8) == document_mask, "without the mask a segment is a window"
 
 
 def test_a_loaded_seed_is_exported_as_it_is(indexed_run: Path, tmp_path: Path) -> None:
