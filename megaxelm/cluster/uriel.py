@@ -7,7 +7,7 @@ found without an import. URIEL is CC BY-SA 4.0 (Littell et al., EACL 2017) and i
 from __future__ import annotations
 
 import difflib
-import importlib.util
+import importlib.metadata
 import re
 import zipfile
 from collections.abc import Sequence
@@ -144,7 +144,9 @@ def _table(source: str) -> tuple[NDArray[np.floating], dict[str, int], list[str]
 
 
 def _data_folder() -> Path:
-    spec = importlib.util.find_spec("lang2vec")
-    if spec is None or not spec.submodule_search_locations:
-        raise ClusterError("clusters.partitioner = typology needs the data of lang2vec: pip install lang2vec==1.1.2")
-    return Path(next(iter(spec.submodule_search_locations))) / "data"
+    # Not by find_spec: the package also installs a script `lang2vec.py` beside the interpreter, and the folder of a running script comes
+    # first on the path.
+    try:
+        return Path(str(importlib.metadata.distribution("lang2vec").locate_file("lang2vec/data")))
+    except importlib.metadata.PackageNotFoundError:
+        raise ClusterError("clusters.partitioner = typology needs the data of lang2vec: pip install lang2vec==1.1.2") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,10 +189,20 @@ def test_an_unknown_feature_set_is_an_error(features: str) -> None:
 
 
 def test_lang2vec_absent_is_an_error_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise uriel.importlib.metadata.PackageNotFoundError(name)
+
     uriel._table.cache_clear()
-    monkeypatch.setattr(uriel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(uriel.importlib.metadata, "distribution", absent)
     with pytest.raises(ClusterError, match="pip install lang2vec"):
         uriel.distances(["en", "de"])
+
+
+def test_a_script_named_like_lang2vec_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lang2vec.py").write_text("raise SystemExit('this is the script')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    uriel._table.cache_clear()
+    assert uriel.distances(["en", "es"]).shape == (2, 2)
 
 
 def test_one_language_alone_has_distance_zero_and_no_linkage() -> None:

@@ -126,6 +126,14 @@ def test_recipe_verbs(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
     assert code == 0 and "dense 10,485,760,000; 8 experts x 1,310,720,000 = 10,485,760,000 (equal)" in shown
 
 
+def test_the_installed_command_works_like_the_module() -> None:
+    script = Path(sys.executable).with_name("megaxelm")
+    if not script.exists():
+        pytest.skip("the package is not installed in this environment")
+    done = subprocess.run([script, "cluster", "donors", "sv"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("sv: "), done.stderr
+
+
 def test_donors_are_relatives(capsys: pytest.CaptureFixture[str]) -> None:
     code, shown, _ = command(capsys, "cluster", "donors", "pl", "sv")
     assert code == 0
