@@ -145,14 +145,10 @@ def _loop(setting: Setting, steps: _Steps, metrics: Metrics | None, bar: Iterabl
         done = step + 1
         if done % config.log_every == 0 or done == member.steps:
             loss = _sum_over_ranks(loss_sum, setting) / max(1, targets)
-            if not math.isfinite(loss):
-                raise TrainError(
-                    f"`{member.name}`: the loss is {loss} at step {done}; checkpoints before it stay. Lower train.lr, raise "
-                    "train.warmup_steps, or set train.precision = fp32"
-                )
             if metrics is not None:
                 now = time.monotonic()
-                line = {"step": done, "loss": loss, "lr": result.lr, "grad_norm": result.grad_norm}
+                line = {"step": done, "loss": loss, "lr": result.lr}
+                line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
                 line |= {"tokens": done * member.batch_sequences * member.sequence_length}
                 metrics.write(line | {"tokens_per_second": tokens / max(now - since, 1e-9), "seconds": now - began})
                 since = now
@@ -169,7 +165,7 @@ class StepResult:
     targets: int
     tokens: int
     lr: float
-    grad_norm: float
+    grad_norm: float | None
 
 
 class _Steps:
@@ -192,7 +188,7 @@ class _Steps:
         lr = learning_rate(member, step)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), device=setting.device)
         for batch in batches:
             output = engine(
                 batch.tokens,
@@ -205,10 +201,18 @@ class _Steps:
             loss = output.loss_sum * (world * len(batches) / targets)
             engine.backward(loss)
             engine.step()
-            loss_sum += float(output.loss_sum.detach())
+            loss_sum += output.loss_sum.detach()
         norm = engine.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
+        total = float(loss_sum)
+        if not math.isfinite(total) or (norm is not None and not math.isfinite(norm)):
+            # Before this step is saved: a checkpoint of broken weights would take the place of a good one.
+            raise TrainError(
+                f"`{member.name}`: at step {step + 1} the loss is {total / targets:.4g} and the gradient norm {norm}; checkpoints before "
+                "it stay. Lower train.lr, raise train.warmup_steps, or set train.precision = fp32"
+            )
         tokens = member.batch_sequences * member.sequence_length
-        return StepResult(loss_sum, targets, tokens, lr, float(norm) if norm is not None else float("nan"))
+        return StepResult(total, targets, tokens, lr, norm)
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """This rank's share of the step's samples, in micro-batches. The samples of a step do not depend on the number of ranks."""

@@ -79,6 +79,15 @@ def test_megaxelm_train_starts_several_ranks_through_deepspeed(indexed_run: Path
     assert choices["attention"] == "sdpa" and choices["resumed_from_step"] == 0
 
 
+def test_a_training_that_blows_up_stops_before_it_saves_broken_weights(indexed_run: Path) -> None:
+    overrides = ("train.lr=1e25", "train.checkpoint_every=1", "train.gradient_clipping=0", "train.schedule=constant")
+    done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", *[part for item in overrides for part in ("--set", item)])
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "the loss is" in done.stderr and "Lower train.lr" in done.stderr
+    broken = int(done.stderr.split("at step ")[1].split()[0])
+    assert not (indexed_run / "experts" / "seed" / "checkpoints" / str(broken)).exists()
+
+
 def test_a_failed_training_is_told_with_its_reason(indexed_run: Path) -> None:
     arguments = ["--expert", "seed", "--set", "train.num_devices=1", "--set", "train.deepspeed_config=zero7"]
     done = run_module("megaxelm.cli", "train", str(indexed_run), *arguments)
