@@ -15,7 +15,7 @@ from megaxelm.errors import StageError
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.write("\n")

@@ -88,7 +88,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe) -> None:
         path = self.path / "recipe.yaml"
-        aside = path.with_name(f".recipe.yaml.{os.getpid()}")
+        aside = path.with_name(f".recipe.yaml.{os.uname().nodename}.{os.getpid()}")
         aside.write_text(dump_recipe(recipe), encoding="utf-8")
         os.replace(aside, path)
 
@@ -148,9 +148,9 @@ class RunFolder:
         folder = self.expert(name)
         return self._set_aside(folder) if folder.exists() else None
 
-    def close_expert(self, name: str, made_from: MadeFrom) -> None:
-        """Write the marker of a finished expert."""
-        write_json(self.expert(name) / MARKER, made_from.to_json())
+    def close_expert(self, name: str, made_from: MadeFrom, weights: str) -> None:
+        """Write the marker of a finished expert, with the hash of its weights: what branches from it depends on them."""
+        write_json(self.expert(name) / MARKER, made_from.to_json() | {"weights": weights})
 
     @contextlib.contextmanager
     def lock(self, unit: str = ".") -> Iterator[None]:
@@ -160,8 +160,10 @@ class RunFolder:
             StageError: another process works on it; its process id is named.
         """
         folder = self.folder(unit)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        # Not inside the unit's folder, which may be moved away while it is locked.
+        locks = self.path / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with open(locks / (unit.replace("/", "-").replace(".", "run")), "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaxelm.errors import StageError
-from megaxelm.files import hash_file, read_json, write_json
+from megaxelm.files import hash_file, hash_value, read_json, write_json
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import Member, account, account_text, find_member, member_settings, plan_members
@@ -71,7 +71,15 @@ class Stages:
         return {"version": _STAGE_VERSION, **settings}
 
     def _fingerprints(self, *units: str) -> dict[str, str]:
-        return {unit: self.made_from(unit).fingerprint for unit in units}
+        return {unit: self._fingerprint(unit) for unit in units}
+
+    def _fingerprint(self, unit: str) -> str:
+        made_from = self.made_from(unit)
+        marker = self.folder.marker(unit) if unit.startswith("experts/") else None
+        if marker is None or marker["fingerprint"] != made_from.fingerprint:
+            return made_from.fingerprint
+        # The same training gives other weights on another device: what branches from a model depends on the weights themselves.
+        return hash_value([made_from.fingerprint, marker["weights"]])
 
     def _sources(self, unit: str, look: Callable[[], dict[str, str]]) -> dict[str, str]:
         if unit not in self._known_sources:
@@ -190,6 +198,7 @@ class Stages:
         self._require_fresh(STAGES[: STAGES.index(stage)])
         with self.folder.lock():
             self.folder.write_recipe(self.recipe)
+            self.write_lineage()
             return self._run_stage(stage, False, None)
 
     def _run_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
@@ -222,16 +231,16 @@ class Stages:
             if reason is None:
                 self.say(f"{stage:<11} {name}: fresh")
                 continue
-            moved = self.folder.set_expert_aside(name) if forced else None
-            moved = self.folder.open_expert(name, made_from) or moved
+            with self.folder.lock(unit):
+                moved = self.folder.set_expert_aside(name) if forced else None
+                moved = self.folder.open_expert(name, made_from) or moved
             self.say(f"{stage:<11} {name}: making ({reason})" + (f"; the earlier one is kept in {moved}" if moved else ""))
             waiting.append(self.members()[name])
         if waiting:
             began = time.monotonic()
             train_members(self.folder, self.recipe, waiting)
             self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
-        if stage == "experts" and (waiting or not (self.folder.path / "lineage.json").exists()):
-            self.write_lineage()
+        self.write_lineage()
         return bool(waiting)
 
     def _require_fresh(self, stages: tuple[str, ...]) -> None:
@@ -259,13 +268,12 @@ class Stages:
         return member, self._expert_made_from(member)
 
     def write_lineage(self) -> None:
-        """lineage.json and account.json: who came from whom, on what, with which weights."""
-        from megaxelm.model.hub import weights_hash
-
+        """lineage.json and account.json: who came from whom, on what, with which weights. Written where they would change."""
         members = self.members()
         experts: dict[str, Any] = {}
         for name, member in members.items():
-            if self.folder.marker(f"experts/{name}") is None:
+            marker = self.folder.marker(f"experts/{name}")
+            if marker is None:
                 continue
             experts[name] = {
                 "parent": member.parent,
@@ -273,10 +281,12 @@ class Stages:
                 "languages": self._languages_of(member) or "by document",
                 "tokens": member.tokens,
                 "steps": member.steps,
-                "weights": weights_hash(self.folder.expert(name) / "export"),
+                "weights": marker["weights"],
             }
-        write_json(self.folder.path / "lineage.json", {"experts": experts})
-        write_json(self.folder.path / "account.json", account(members))
+        for file, value in (("lineage.json", {"experts": experts}), ("account.json", account(members))):
+            path = self.folder.path / file
+            if not path.exists() or read_json(path) != value:
+                write_json(path, value)
 
     def _make_corpus(self, out: Path) -> None:
         from megaxelm.corpus.prepare import load_manifest, prepare_corpus

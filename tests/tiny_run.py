@@ -54,6 +54,16 @@ def tiny_recipe(corpus: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def load_tokenizer_of(run: Path, folder: Path) -> None:
+    """Make a run up to the token index again with the tokenizer in `folder` as a loaded one."""
+    from megaxelm.recipe import load_recipe
+    from megaxelm.run import RunFolder
+    from megaxelm.stages import Stages
+
+    recipe = load_recipe(run / "recipe.yaml", [f"tokenizer.load={folder}"])
+    Stages(RunFolder(run), recipe, say=lambda text: None).run(until="index")
+
+
 def run_module(*arguments: str, timeout: int = 180, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m ...` as a user would, with the tools of this environment on the PATH."""
     env = dict(os.environ) | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"} | variables

@@ -111,7 +111,7 @@ class Blend:
 
     Args:
         streams: for each language its token indexes.
-        sequence_length: T; a window has T + 1 tokens, and windows of one epoch overlap only in that one token.
+        sequence_length: T; a window has T + 1 tokens. Windows of one epoch overlap in that token; the last wraps round to the start.
         alpha: languages are drawn with p ~ tokens^alpha.
         seed: of the order of languages and windows.
 

@@ -383,6 +383,16 @@ class Recipe(Section):
                 )
             if model.family == "xglm" and model.num_kv_heads not in (None, model.num_heads):
                 raise ValueError("model.num_kv_heads: the xglm family has no grouped-query attention; leave it out")
+            if (self.evaluation.sequence_length or 0) > model.max_positions:
+                raise ValueError(
+                    f"evaluation.sequence_length = {self.evaluation.sequence_length} is longer than model.max_positions = "
+                    f"{model.max_positions}: lower the first or raise the second"
+                )
+        elif self.tokenizer.load is None:
+            raise ValueError(
+                "seed.load is set and tokenizer.load is not: the ids of a tokenizer trained here would mean nothing to a loaded seed. Set "
+                "tokenizer.load to the seed's"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps = {train.warmup_steps} must be below train.steps = {train.steps}")
         if train.document_mask and not self.tokenizer.begin_of_document:
@@ -396,6 +406,10 @@ class Recipe(Section):
             raise ValueError(
                 f"train.batch_sequences = {train.batch_sequences} is not a multiple of clusters.k = {k}, so the experts cannot share "
                 f"the batch equally: choose {near}, for example"
+            )
+        if k and (self.ensemble.top_m or 1) > k:
+            raise ValueError(
+                f"ensemble.top_m = {self.ensemble.top_m} is more than clusters.k = {k}, the number of experts: choose 1 to {k}"
             )
         if self.ensemble.router == "fixed" and not self.ensemble.fixed_weights:
             raise ValueError("ensemble.fixed_weights is empty: the fixed router needs a weight for at least one cluster")

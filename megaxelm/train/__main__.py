@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megaxelm.console import run_guarded
-from megaxelm.recipe import load_recipe
-from megaxelm.run import MARKER, RunFolder
+from megaxelm.recipe import Recipe, load_recipe
+from megaxelm.run import MARKER, MadeFrom, RunFolder
 from megaxelm.stages import Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
-from megaxelm.train.environment import check_compiler, find_processes
+from megaxelm.train.environment import Processes, check_compiler, find_processes
 from megaxelm.train.members import Member
 
 
@@ -50,6 +50,14 @@ def _train(options: argparse.Namespace) -> None:
     stages = Stages(run, recipe, check_sources=False)
     processes = find_processes()
     member, made_from = stages.open_for_training(options.expert)
+    # Held by rank 0 to the end of the process: nobody else may move or train this model meanwhile.
+    with run.lock(f"experts/{member.name}") if processes.rank == 0 else contextlib.nullcontext():
+        _train_member(options, run, recipe, member, made_from, processes)
+
+
+def _train_member(
+    options: argparse.Namespace, run: RunFolder, recipe: Recipe, member: Member, made_from: MadeFrom, processes: Processes
+) -> None:
     if processes.rank == 0:
         check_compiler()
         run.write_recipe(recipe)
@@ -61,6 +69,7 @@ def _train(options: argparse.Namespace) -> None:
 
     import torch
 
+    from megaxelm.model.hub import weights_hash
     from megaxelm.train import loop
 
     cuda = torch.cuda.is_available()
@@ -74,10 +83,9 @@ def _train(options: argparse.Namespace) -> None:
     torch.distributed.barrier()  # rank 0 has settled the folder before the others look into it
     if not (run.expert(member.name) / MARKER).exists():
         setting = loop.Setting(run, recipe, member, ds_config, processes, device)
-        with run.lock(f"experts/{member.name}") if processes.rank == 0 else contextlib.nullcontext():
-            loop.train(setting, _bar) if member.steps else loop.export_seed(setting)
+        loop.train(setting, _bar) if member.steps else loop.export_seed(setting)
         if processes.rank == 0:
-            run.close_expert(member.name, made_from)
+            run.close_expert(member.name, made_from, weights_hash(run.expert(member.name) / "export"))
             print(f"`{member.name}` is trained: {member.tokens:,} tokens; export in {run.expert(member.name)}/export", flush=True)
     # Not in a `finally`: a rank that failed must end at once, so that the launcher ends those that wait for it.
     torch.distributed.destroy_process_group()

@@ -27,7 +27,7 @@ class Progress:
     samples: int
 
 
-def complete_checkpoint(folder: Path, progress: Progress, world_size: int, keep: int) -> None:
+def complete_checkpoint(folder: Path, progress: Progress, layout: dict[str, Any], keep: int) -> None:
     """Mark the checkpoint of `progress` complete after all ranks have written their files, and drop older ones beyond `keep`."""
     tag = folder / str(progress.step)
     files = {
@@ -35,7 +35,7 @@ def complete_checkpoint(folder: Path, progress: Progress, world_size: int, keep:
         for path in sorted(tag.rglob("*"))
         if path.is_file() and path.name != _COMPLETE
     }
-    write_json(tag / _COMPLETE, {"step": progress.step, "samples": progress.samples, "world_size": world_size, "files": files})
+    write_json(tag / _COMPLETE, {"step": progress.step, "samples": progress.samples, "layout": layout, "files": files})
     aside = folder / ".latest.new"
     aside.write_text(str(progress.step), encoding="utf-8")
     os.replace(aside, folder / "latest")
@@ -43,11 +43,11 @@ def complete_checkpoint(folder: Path, progress: Progress, world_size: int, keep:
         shutil.rmtree(folder / str(step))
 
 
-def find_checkpoint(folder: Path, world_size: int) -> tuple[Progress | None, list[str]]:
+def find_checkpoint(folder: Path, layout: dict[str, Any]) -> tuple[Progress | None, list[str]]:
     """The newest complete checkpoint, verified, and a note for every unfinished one that is ignored.
 
     Raises:
-        CheckpointError: its files are not those that were written, or it belongs to another number of ranks.
+        CheckpointError: its files are not those that were written, or another number of ranks, ZeRO stage or precision wrote them.
     """
     notes: list[str] = []
     if not folder.exists():
@@ -60,10 +60,11 @@ def find_checkpoint(folder: Path, world_size: int) -> tuple[Progress | None, lis
         return None, notes
     tag = folder / str(steps[-1])
     note = _verified(tag)
-    if note["world_size"] != world_size:
+    if note["layout"] != layout:
+        saved, now = (", ".join(f"{key} {value}" for key, value in item.items()) for item in (note["layout"], layout))
         raise CheckpointError(
-            f"{tag}: saved by {note['world_size']} ranks, and this run has {world_size}: resume with {note['world_size']}, "
-            "or remove the folder `checkpoints` to train from the start"
+            f"{tag}: saved with {saved}, and this training has {now}: resume as it was saved, or remove the folder `checkpoints` "
+            "to train from the start"
         )
     return Progress(note["step"], note["samples"]), notes
 

@@ -133,6 +133,12 @@ def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: i
     for dotted, value in wanted.items():
         _fill(config, dotted, value, path)
     config["optimizer"].setdefault("type", "AdamW")
+    if config["optimizer"]["type"] != "AdamW":
+        raise TrainError(f"{path}: optimizer.type = {config['optimizer']['type']}: AdamW is what the recipe's settings are for; write that")
+    for section in ("fp16", "amp", "scheduler", "torch_autocast"):
+        given = config.get(section)
+        if given and not (isinstance(given, dict) and given.get("enabled") is False):
+            raise TrainError(f"{path}: take out `{section}`: precision and schedule are the recipe's (train.precision, train.schedule)")
     if config["optimizer"]["params"].get("torch_adam", "auto") == "auto":
         # DeepSpeed's own CPU Adam is a compiled extension meant for offload; torch's serves a CPU run.
         config["optimizer"]["params"]["torch_adam"] = not cuda

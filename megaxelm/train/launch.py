@@ -33,6 +33,7 @@ class _Job:
     log: IO[bytes]
     bar: tqdm
     folder: Path
+    log_start: int
     metrics_read: int = 0
 
     def update(self) -> None:
@@ -98,11 +99,12 @@ def _start(run: RunFolder, recipe: Recipe, member: Member, at_once: int, place: 
         command = [sys.executable, "-m", *arguments]
     folder = run.expert(member.name)
     log = open(folder / "train.log", "ab")  # noqa: SIM115 - lives as long as the process
+    log_start = log.tell()
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
     bar = tqdm(
         total=member.steps, desc=f"train {member.name}", unit="step", file=sys.stderr, position=place, mininterval=0.5, dynamic_ncols=True
     )
-    return _Job(member, process, log, bar, folder)
+    return _Job(member, process, log, bar, folder, log_start)
 
 
 def _finish(run: RunFolder, job: _Job) -> list[str]:
@@ -111,7 +113,9 @@ def _finish(run: RunFolder, job: _Job) -> list[str]:
     job.log.close()
     if (job.folder / MARKER).exists():
         return []
-    log = (job.folder / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    with open(job.folder / "train.log", "rb") as file:
+        file.seek(job.log_start)  # what earlier attempts said is not the reason of this one
+        log = file.read().decode("utf-8", errors="replace").splitlines()
     reason = next((line for line in reversed(log) if line.startswith("error: ")), None)
     where = f"{run.path}/experts/{job.member.name}/train.log"
     shown = reason.removeprefix("error: ") if reason else "last lines of its log:\n    " + "\n    ".join(log[-8:])

@@ -23,7 +23,7 @@ from megaxelm.corpus.prepare import read_documents
 from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import ModelError, TrainError
-from megaxelm.files import write_json
+from megaxelm.files import hash_value, write_json
 from megaxelm.model.config import config_from_recipe
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.export import write_export
@@ -74,18 +74,28 @@ def build_model(setting: Setting, tokenizer: Tokenizer) -> Decoder:
         config = config_from_recipe(recipe.model, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.hf.pad_token_id)
         model = Decoder(config)
         model.initialise(recipe.train.seed)
+    if member.parent is None and recipe.seed.load is not None:
+        _check_tokenizer_of_seed(recipe.seed.load, model, tokenizer)
     model.set_dropout(recipe.model.dropout, recipe.model.attention_dropout)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ModelError(
-            f"seed.load = {recipe.seed.load}: its vocabulary has {model.config.vocab_size} entries, the tokenizer {tokenizer.vocab_size}: "
-            "set tokenizer.load to the tokenizer of the seed"
-        )
     if member.sequence_length > model.config.max_positions:
         raise ModelError(
             f"train.sequence_length = {member.sequence_length} is longer than the {model.config.max_positions} positions of the seed: "
             "shorten it"
         )
     return model.train()
+
+
+def _check_tokenizer_of_seed(seed: str, model: Decoder, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ModelError(
+            f"seed.load = {seed}: its vocabulary has {model.config.vocab_size} entries, the tokenizer {tokenizer.vocab_size}: "
+            "set tokenizer.load to the tokenizer of the seed"
+        )
+    if (Path(seed) / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        if AutoTokenizer.from_pretrained(seed).get_vocab() != tokenizer.hf.get_vocab():
+            raise ModelError(f"seed.load = {seed}: its tokenizer has other pieces than the run's: set tokenizer.load = {seed}")
 
 
 def export_seed(setting: Setting) -> None:
@@ -109,10 +119,12 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     config = recipe.train
     tokenizer = Tokenizer.load(setting.run.folder("tokenizer"))
     streams = open_streams(setting.run.folder("index"), member.clusters)
-    blend = Blend(streams, member.sequence_length, member.language_alpha, config.seed)
+    blend = Blend(streams, member.sequence_length, member.language_alpha, member.sample_seed(config.seed))
     model = build_model(setting, tokenizer)
     try:
-        backend = choose_backend(config.attention, setting.device, model.config.attention_dropout)
+        # The packed kernel of torch has no fp32 form.
+        wanted = "sdpa" if config.attention == "auto" and config.precision == "fp32" else config.attention
+        backend = choose_backend(wanted, setting.device, model.config.attention_dropout)
     except ValueError as error:
         raise TrainError(f"train.attention = {config.attention}: {error}") from None
     if config.activation_checkpointing:
@@ -195,7 +207,7 @@ class _Steps:
                 batch.positions,
                 batch.cu_seqlens,
                 labels=batch.labels,
-                dropout=self._dropout(batch, step, config.seed),
+                dropout=self._dropout(batch, step, member.sample_seed(config.seed)),
                 **self.options,
             )
             loss = output.loss_sum * (world * len(batches) / targets)
@@ -209,7 +221,7 @@ class _Steps:
             # Before this step is saved: a checkpoint of broken weights would take the place of a good one.
             raise TrainError(
                 f"`{member.name}`: at step {step + 1} the loss is {total / targets:.4g} and the gradient norm {norm}; checkpoints before "
-                "it stay. Lower train.lr, raise train.warmup_steps, or set train.precision = fp32"
+                "it stay. Lower train.lr, raise train.warmup_steps, or set train.precision = fp32; its training then begins anew"
             )
         tokens = member.batch_sequences * member.sequence_length
         return StepResult(total, targets, tokens, lr, norm)
@@ -228,7 +240,7 @@ class _Steps:
         model = self.setting.recipe.model
         if model.attention_dropout:
             # The backends draw attention dropout from torch's generator: the same seed at the same place makes a resumed run repeat it.
-            torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + int(batch.sample_ids[0]))
+            torch.manual_seed(int(hash_value([seed, step, int(batch.sample_ids[0])])[:15], 16))
         if not model.dropout and not model.attention_dropout:
             return None
         length = self.setting.member.sequence_length
@@ -246,7 +258,7 @@ def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any
 
 def _resume(setting: Setting, engine: Any) -> Progress:
     folder = setting.folder / "checkpoints"
-    progress, notes = find_checkpoint(folder, setting.processes.world_size)
+    progress, notes = find_checkpoint(folder, _layout(setting))
     if setting.is_first:
         for note in notes:
             print(note, flush=True)
@@ -268,7 +280,16 @@ def _save(setting: Setting, engine: Any, progress: Progress) -> None:
     )
     _barrier(setting.processes)
     if setting.is_first:
-        complete_checkpoint(folder, progress, setting.processes.world_size, setting.recipe.train.keep_checkpoints)
+        complete_checkpoint(folder, progress, _layout(setting), setting.recipe.train.keep_checkpoints)
+
+
+def _layout(setting: Setting) -> dict[str, Any]:
+    """How DeepSpeed divides the state among files; a checkpoint loads only where it is the same."""
+    return {
+        "ranks": setting.processes.world_size,
+        "zero_stage": setting.ds_config["zero_optimization"]["stage"],
+        "precision": setting.recipe.train.precision,
+    }
 
 
 def _gather_fp32(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
@@ -287,7 +308,8 @@ def _gather_fp32(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 def _export(setting: Setting, model: Decoder, parameters: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
     reference = Decoder(model.config)
     reference.set_dropout(0.0, 0.0)
-    reference.load_state_dict(parameters, strict=False)
+    missing, unexpected = reference.load_state_dict(parameters, strict=False)
+    assert set(missing) <= {"head.weight"} and not unexpected, (missing, unexpected)  # a tied head is the embedding
     texts = sample_texts(setting.run, tokenizer)
     write_export(reference, setting.folder / "export", setting.recipe.export.dtype, setting.run.folder("tokenizer"), texts)
 

@@ -35,6 +35,10 @@ class Member:
         """Training tokens in all."""
         return self.steps * self.batch_sequences * self.sequence_length
 
+    def sample_seed(self, seed: int) -> int:
+        """Seed of the sample order and the dropout: what branches reads in another order than its parent did."""
+        return 2 * seed + (self.parent is not None)
+
 
 def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Member]:
     """Every member of the run, parents before children.
@@ -125,6 +129,9 @@ def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
     schedule = ("sequence_length", "batch_sequences", "steps", "lr", "schedule", "warmup_steps", "final_lr_ratio", "language_alpha")
     common = {key: value for key, value in result_settings(recipe.train).items() if key not in schedule}
     model = result_settings(recipe.model)
+    if recipe.model.attention_dropout:
+        # Attention dropout is drawn once a micro-batch.
+        common["micro_batch_size"] = recipe.train.micro_batch_size
     if member.parent is not None:
         model = {key: model[key] for key in ("dropout", "attention_dropout")}
     return {"member": asdict(member), "train": common, "model": model, "export": result_settings(recipe.export)}

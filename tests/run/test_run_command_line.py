@@ -1,6 +1,7 @@
 """What a user sees of a mistake: one sentence that names the field or file and the way out, exit code 2, no traceback."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import REPOSITORY, run_module, tiny_recipe, write_corpus
+from tiny_run import REPOSITORY, load_tokenizer_of, run_module, tiny_recipe, write_corpus
 
 from megaxelm.cli import app
 from megaxelm.console import run_guarded
@@ -101,6 +102,8 @@ def test_a_seed_that_does_not_fit_the_tokenizer_is_refused(indexed_run: Path, tm
     model = Decoder(config_from_recipe(RunFolder(indexed_run).recipe().model, 100, 1, 2, 3))
     model.initialise(0)
     save_pretrained(model, tmp_path / "small")
+    shutil.copytree(indexed_run / "tokenizer", tmp_path / "tokenizer")
+    load_tokenizer_of(indexed_run, tmp_path / "tokenizer")
     done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--set", f"seed.load={tmp_path / 'small'}")
     assert done.returncode == 2
     assert (

@@ -45,13 +45,15 @@ def test_the_run_directory_holds_what_the_architecture_says(made: Path) -> None:
     assert {name: item["parent"] for name, item in lineage.items()} == {"seed": None, "dense": "seed", "bg-en": "seed", "de-ru": "seed"}
     assert lineage["bg-en"]["languages"] == ["bg", "en"] and lineage["bg-en"]["tokens"] == 512
     assert len({item["weights"] for item in lineage.values()}) == 4
-    hidden = [path.name for path in run.rglob(".*") if path.name != ".lock"]
+    hidden = [path.name for path in run.rglob(".*") if path.name != ".locks"]
     assert hidden == [], "nothing temporary is left"
 
 
 def test_a_second_run_does_nothing_and_says_so(made: Path) -> None:
     before = {
-        path: path.stat().st_mtime_ns for path in (made / "runs").rglob("*") if path.is_file() and path.name not in (".lock", "recipe.yaml")
+        path: path.stat().st_mtime_ns
+        for path in (made / "runs").rglob("*")
+        if path.is_file() and path.parent.name != ".locks" and path.name != "recipe.yaml"
     }
     done = run_module("megaxelm.cli", "run", str(made / "recipe.yaml"), "--runs", str(made / "runs"))
     assert done.returncode == 0 and "everything is up to date; nothing to do" in done.stdout

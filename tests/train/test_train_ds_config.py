@@ -45,6 +45,9 @@ def write(folder: Path, config: object) -> Path:
         ({"train_batch_size": 32}, "train_batch_size = 32 contradicts the recipe, which makes it 24"),
         ({"bf16": {"enabled": False}}, "bf16.enabled = False contradicts"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "cannot be filled for zero_optimization.reduce_bucket_size"),
+        ({"optimizer": {"type": "Lion"}}, "optimizer.type = Lion"),
+        ({"scheduler": {"type": "WarmupLR"}}, "take out `scheduler`"),
+        ({"fp16": {"enabled": True}}, "take out `fp16`"),
         ('{"a": ', "not readable as JSON"),
     ],
 )

@@ -35,9 +35,12 @@ def test_without_a_dense_baseline_there_is_nothing_to_compare() -> None:
 
 
 def test_a_loaded_seed_is_trained_no_further() -> None:
-    members = plan_members(recipe(seed={"load": "some/folder"}), list("abcd"))
+    members = plan_members(recipe(seed={"load": "some/folder"}, tokenizer={"load": "some/folder"}), list("abcd"))
     assert members["seed"].tokens == 0
-    assert member_settings(recipe(seed={"load": "some/folder"}), members["seed"])["seed.load"] == "some/folder"
+    assert (
+        member_settings(recipe(seed={"load": "some/folder"}, tokenizer={"load": "some/folder"}), members["seed"])["seed.load"]
+        == "some/folder"
+    )
 
 
 def test_a_cluster_named_like_another_member_is_refused() -> None:

@@ -1,15 +1,17 @@
 """Where the weights of a model come from, and what it is trained with."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import run_module
+from tiny_run import load_tokenizer_of, run_module
 
 from megaxelm.corpus.build import open_streams
 from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
+from megaxelm.errors import ModelError
 from megaxelm.files import read_json
 from megaxelm.model.config import config_from_recipe
 from megaxelm.model.decoder import Decoder
@@ -62,11 +64,24 @@ def test_ranks_and_micro_batches_share_the_samples_of_a_step(indexed_run: Path, 
 
 def test_a_loaded_seed_is_exported_as_it_is(indexed_run: Path, tmp_path: Path) -> None:
     loaded = random_seed_model(indexed_run, tmp_path / "seed")
+    load_tokenizer_of(indexed_run, tmp_path / "seed")
     done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--set", f"seed.load={tmp_path / 'seed'}")
     assert done.returncode == 0, done.stderr
     exported = load_pretrained(indexed_run / "experts" / "seed" / "export")
     for name, parameter in exported.named_parameters():
         torch.testing.assert_close(parameter, loaded.get_parameter(name), rtol=0, atol=0)
+
+
+def test_a_seed_with_another_tokenizer_is_refused(indexed_run: Path, tmp_path: Path) -> None:
+    random_seed_model(indexed_run, tmp_path / "seed")
+    load_tokenizer_of(indexed_run, tmp_path / "seed")
+    other = tmp_path / "seed" / "tokenizer.json"
+    content = json.loads(other.read_text())
+    content["model"]["vocab"][300][0] = "another"
+    other.write_text(json.dumps(content))
+    setting = setting_of(indexed_run, "seed", f"seed.load={tmp_path / 'seed'}")
+    with pytest.raises(ModelError, match="its tokenizer has other pieces than the run's: set tokenizer.load"):
+        build_model(setting, Tokenizer.load(indexed_run / "tokenizer"))
 
 
 @pytest.mark.slow
