@@ -13,7 +13,7 @@ import typer
 
 from megaxelm import __version__
 from megaxelm.console import end_on_signals, run_guarded
-from megaxelm.errors import StageError
+from megaxelm.errors import RoutingError, StageError
 from megaxelm.recipe import Recipe, dump_recipe, load_recipe, recipe_docs
 from megaxelm.run import RunFolder
 
@@ -143,6 +143,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Write on from prompts with the mixture of experts."""
+    for text in prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RoutingError("--prompt: not UTF-8 text; check the encoding of the terminal or file it came from") from None
     from megaxelm.ensemble.folder import load_ensemble
     from megaxelm.ensemble.generation import generate as write_on
 
@@ -174,9 +179,11 @@ def recipe_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 @recipe_app.command("check")
 def recipe_check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Check a recipe without running it, and print what it would train."""
+    from megaxelm.train.ds_config import find_ds_config
     from megaxelm.train.members import account_text, plan_members
 
     loaded = load_recipe(recipe, overrides or ())
+    find_ds_config(loaded.train.deepspeed_config)
     print(f"{recipe}: valid")
     k = loaded.clusters.k or (len(loaded.corpus.languages) if loaded.corpus.languages else None)
     if k is None:
@@ -207,7 +214,7 @@ def cluster_show(run: RunArgument, runs: RunsOption = _RUNS) -> None:
     from megaxelm.files import read_json
 
     folder, _ = _open_run(run, None, runs)
-    show_report(read_json(folder.folder("clusters") / "report.json"))
+    show_report(read_json(folder.folder("clusters") / "report.json", names=list, clusters=list))
 
 
 @cluster_app.command("donors")
@@ -261,14 +268,22 @@ def _trained(folder: RunFolder, name: str) -> Path:
     trained = sorted(path.name for path in experts.iterdir() if (path / "export").exists()) if experts.exists() else []
     if name not in trained:
         raise StageError(f"--expert {name}: not trained in {folder.path}; trained are: {', '.join(trained) or 'none yet'}")
-    return experts / name / "export"
+    marker = folder.marker(f"experts/{name}")
+    if marker is None:
+        raise StageError(f"--expert {name}: its training is not finished: megaxelm train {folder.path} --expert {name}")
+    from megaxelm.model.hub import weights_hash
+
+    source = experts / name / "export"
+    if weights_hash(source) != marker["weights"]:
+        raise StageError(f"{source}: these are not the weights that were trained; remove experts/{name}/export and train it again")
+    return source
 
 
 def _print_table(folder: RunFolder) -> None:
     from megaxelm.evaluate.table import print_table
     from megaxelm.files import read_json
 
-    print_table(read_json(folder.path / "evaluation" / "results.json"))
+    print_table(read_json(folder.path / "evaluation" / "results.json", languages=list, models=dict))
 
 
 def main() -> None:

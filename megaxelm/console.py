@@ -42,11 +42,27 @@ def run_guarded(command: Callable[[], object], prefix: str = "") -> int:
         # The reader of the output has gone (`| head`): nothing more may be written, not even when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        text = _about_the_disk(error)
+        if text is None:
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        text = f"{prefix}error: the disk is full{where}: free some space and start the same command again; what was finished stays"
-        print(text, file=sys.stderr, flush=True)
+        print(f"{prefix}error: {text}", file=sys.stderr, flush=True)
         return USER_ERROR
     return 0
+
+
+_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+# How libraries that do not raise OSError say that the disk is full: Rust's in words, torch by the writer of its archives.
+_FULL = ("os error 28", "No space left on device", "inline_container.cc")
+
+
+def _about_the_disk(error: Exception) -> str | None:
+    """What a full disk, or a file that may not be read or written, means for the user; None for anything else."""
+    number = error.errno if isinstance(error, OSError) else None
+    filename = getattr(error, "filename", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _FULL):
+        where = f" at {filename}" if filename else ""
+        return f"the disk is full{where}: free some space and start the same command again; what was finished stays"
+    if number in _FILE_ERRORS and filename:
+        return f"{filename}: {os.strerror(number).lower()}; check that the path is right and that you may read and write there"
+    return None

@@ -17,25 +17,36 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.write("\n")
+        file.write(json_text(value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def json_text(value: Any) -> str:
+    """How `write_json` writes a value."""
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def read_json(path: Path, **fields: type) -> dict[str, Any]:
+    """Read a JSON object that the program wrote; `fields` must be in it, of the types given.
 
     Raises:
         StageError: the file is missing or damaged.
     """
+    way_out = "make the stage that wrote it again: megaxelm run RECIPE --from STAGE"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StageError(f"{path}: no such file; the stage that makes it has not run (megaxelm run RECIPE makes what is missing)") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StageError(f"{path}: damaged JSON ({error}); remove the folder it lies in and run again") from None
+        raise StageError(f"{path}: no such file; {way_out}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StageError(f"{path}: damaged ({error}); {way_out}") from None
+    if not isinstance(value, dict):
+        raise StageError(f"{path}: damaged (a {type(value).__name__} where an object was written); {way_out}")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind):
+            raise StageError(f"{path}: damaged (no proper `{name}` in it); {way_out}")
+    return value
 
 
 def hash_value(value: Any) -> str:
@@ -55,10 +66,16 @@ def hash_file(path: Path) -> str:
 def replace_folder(made: Path, target: Path) -> None:
     """Put `made` where `target` is. Between the two renames `target` is missing, never half there."""
     old = target.with_name(f".{target.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
+    remove(old)
     if target.exists():
         os.rename(target, old)
     os.rename(made, target)
-    if old.exists():
-        shutil.rmtree(old)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a file that lies in its place; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megaxelm.errors import StageError
-from megaxelm.files import hash_value, read_json, replace_folder, write_json
+from megaxelm.files import hash_value, read_json, remove, replace_folder, write_json
 from megaxelm.recipe import Recipe, dump_recipe, load_recipe
 
 MARKER = "stage.json"
@@ -73,7 +73,12 @@ class RunFolder:
     def marker(self, unit: str) -> dict[str, Any] | None:
         """The marker of a finished unit, or None."""
         path = self.folder(unit) / MARKER
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        marker = read_json(path, settings=dict, inputs=dict, sources=dict, fingerprint=str)
+        if unit.startswith("experts/") and not (self.folder(unit) / "export" / "config.json").exists():
+            return None  # what it stands for has been removed
+        return marker
 
     def recipe(self) -> Recipe:
         """The resolved recipe stored with the run.
@@ -107,8 +112,7 @@ class RunFolder:
         target = self.folder(unit)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.making")
-        if aside.exists():
-            shutil.rmtree(aside)
+        remove(aside)
         aside.mkdir()
         try:
             yield aside
@@ -127,6 +131,8 @@ class RunFolder:
         folder = self.expert(name)
         moved = None
         note = folder / MADE_FROM
+        if self.marker(f"experts/{name}") is None:
+            (folder / MARKER).unlink(missing_ok=True)
         if folder.exists() and (not note.exists() or read_json(note).get("fingerprint") != made_from.fingerprint):
             moved = self._set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)

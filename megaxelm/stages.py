@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaxelm.errors import StageError
-from megaxelm.files import hash_file, hash_value, read_json, write_json
+from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import Member, account, account_text, find_member, member_settings, plan_members
@@ -65,7 +65,7 @@ class Stages:
         return plan_members(self.recipe, self._cluster_names())
 
     def _cluster_names(self) -> list[str]:
-        return list(read_json(self.folder.folder("clusters") / "report.json")["names"])
+        return list(read_json(self.folder.folder("clusters") / "report.json", names=list)["names"])
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {"version": _STAGE_VERSION, **settings}
@@ -135,7 +135,7 @@ class Stages:
         index = self.folder.folder("index") / "manifest.json"
         if not index.exists():
             raise StageError(f"{self.folder.path}: the token index is missing; make it first: megaxelm run RECIPE --until index")
-        clusters = read_json(index)["clusters"]
+        clusters = read_json(index, clusters=dict)["clusters"]
         owners: dict[str, list[str]] = {}
         for cluster, found in clusters.items():
             for language in found:
@@ -285,7 +285,7 @@ class Stages:
             }
         for file, value in (("lineage.json", {"experts": experts}), ("account.json", account(members))):
             path = self.folder.path / file
-            if not path.exists() or read_json(path) != value:
+            if not path.exists() or path.read_text(encoding="utf-8") != json_text(value):
                 write_json(path, value)
 
     def _make_corpus(self, out: Path) -> None:

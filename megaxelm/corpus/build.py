@@ -17,8 +17,8 @@ from megaxelm.corpus.document import Document
 from megaxelm.corpus.prepare import load_manifest, training_documents
 from megaxelm.corpus.token_index import TokenIndex, TokenIndexWriter
 from megaxelm.corpus.tokenizer import Tokenizer
-from megaxelm.errors import ClusterError, CorpusError, TokenIndexError
-from megaxelm.files import hash_file
+from megaxelm.errors import ClusterError, CorpusError, StageError, TokenIndexError
+from megaxelm.files import hash_file, read_json
 from megaxelm.recipe import Recipe
 
 _BATCH_DOCUMENTS = 1024
@@ -83,9 +83,11 @@ def build_index(
 def load_index_manifest(folder: Path) -> dict[str, Any]:
     """`manifest.json` of the index stage: `tokenizer` (fingerprint), `vocab_size`, `clusters` {cluster: {language: counts and hashes}}."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenIndexError(f"{folder}: no readable manifest.json ({error}); make the index again (--from index)") from None
+        manifest = read_json(folder / "manifest.json", tokenizer=str, vocab_size=int, clusters=dict)
+    except StageError as error:
+        raise TokenIndexError(f"{error} (--from index)") from None
+    if not manifest["clusters"]:
+        raise TokenIndexError(f"{folder / 'manifest.json'}: names no cluster; make the index again (--from index)")
     return manifest
 
 

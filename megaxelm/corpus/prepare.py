@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from megaxelm.corpus.document import Document, text_key
 from megaxelm.corpus.readers import AnySource, ReadReport, check_language, describe_source, read_source
-from megaxelm.errors import CorpusError
+from megaxelm.errors import CorpusError, StageError
+from megaxelm.files import read_json
 from megaxelm.recipe import Recipe
 
 
@@ -150,7 +151,11 @@ def training_documents(recipe: Recipe, corpus_folder: Path) -> Iterator[Document
         CorpusError: as in the first pass.
     """
     manifest = load_manifest(corpus_folder)
-    keys = set(np.load(corpus_folder / "valid" / "keys.npy").tolist())
+    keys_file = corpus_folder / "valid" / "keys.npy"
+    try:
+        keys = set(np.load(keys_file).tolist())
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(f"{keys_file}: missing or damaged ({error}); make the corpus stage again (--from corpus)") from None
     threshold = 0 if manifest["held_out"] == "given" else _threshold(manifest["held_out_share"])
     languages = manifest["languages"]
     for document in _read(recipe.corpus.train, recipe, ReadReport(), None):
@@ -160,19 +165,25 @@ def training_documents(recipe: Recipe, corpus_folder: Path) -> Iterator[Document
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a file that `prepare_corpus` wrote."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield Document(**json.loads(line))
+    """Documents of a file that `prepare_corpus` wrote.
+
+    Raises:
+        CorpusError: it is missing or damaged.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                yield Document(**json.loads(line))
+    except (OSError, ValueError, TypeError) as error:
+        raise CorpusError(f"{path}: missing or damaged ({error}); make the corpus stage again (--from corpus)") from None
 
 
 def load_manifest(corpus_folder: Path) -> dict[str, Any]:
     """`manifest.json` of the corpus stage."""
     try:
-        manifest: dict[str, Any] = json.loads((corpus_folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"{corpus_folder}: no readable manifest.json ({error}); make the corpus stage again (--from corpus)") from None
-    return manifest
+        return read_json(corpus_folder / "manifest.json", languages=dict)
+    except StageError as error:
+        raise CorpusError(f"{error} (--from corpus)") from None
 
 
 def _threshold(share: float) -> int:

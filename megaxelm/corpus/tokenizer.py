@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 from megaxelm.corpus.prepare import load_manifest, read_documents
-from megaxelm.errors import TokenizerError
+from megaxelm.errors import StageError, TokenizerError
+from megaxelm.files import read_json
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         try:
-            settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{folder}: no readable {_SETTINGS} ({error}); make the tokenizer again (--from tokenizer)") from None
+            settings = read_json(folder / _SETTINGS, begin_of_document=bool, eos_id=int, vocab_size=int, fingerprint=str)
+        except StageError as error:
+            raise TokenizerError(f"{error} (--from tokenizer)") from None
         if not (folder / "tokenizer.json").is_file():
             raise TokenizerError(f"{folder}: tokenizer.json is missing; make the tokenizer again (--from tokenizer)")
         found = _fingerprint(folder)

@@ -67,7 +67,7 @@ def language_experts(groups: Mapping[str, list[str]] | None, tokens: Mapping[str
 
 def _tokens(run_folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     path = run_folder / "index" / "manifest.json"
-    clusters = read_json(path)["clusters"]
+    clusters = read_json(path, clusters=dict)["clusters"]
     missing = [name for name in names if name not in clusters]
     if missing:
         raise RoutingError(

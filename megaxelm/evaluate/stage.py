@@ -36,7 +36,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     """
     from megaxelm.corpus.tokenizer import Tokenizer
 
-    clusters = read_json(run_folder / "index" / "manifest.json")["clusters"]
+    clusters = read_json(run_folder / "index" / "manifest.json", clusters=dict)["clusters"]
     ensemble = load_ensemble(run_folder / "ensemble")
     tokenizer = Tokenizer.load(run_folder / "tokenizer")
     languages = sorted({language for found in clusters.values() for language in found})
@@ -45,6 +45,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     # Routers are made first: what they lack should be known before the models have read for minutes.
     routers = {name: ensemble.router(name) for name in recipe.evaluation.routers}
     members = ["seed", *(["dense"] if recipe.experts.dense else []), *ensemble.experts]
+    print(f"evaluation: {len(members)} models in float32 on {_device()}", flush=True)
     streams = score_models({name: _loader(run_folder, name) for name in members}, held_out, tokenizer.start_id)
     own = own_experts(clusters, languages)
 
@@ -80,6 +81,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
             "temperature": recipe.ensemble.temperature,
             "distance_power": recipe.ensemble.distance_power,
             "dtype": "float32",
+            "device": _device(),
             "mean": "macro mean over languages",
         },
     }
@@ -123,6 +125,10 @@ def verdict(own: Mapping[str, Score], dense: Mapping[str, Score] | None) -> dict
     }
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _loader(run_folder: Path, name: str) -> Callable[[], Decoder]:
     folder = run_folder / "experts" / name / "export"
     if not (folder / "config.json").is_file():
@@ -131,7 +137,7 @@ def _loader(run_folder: Path, name: str) -> Callable[[], Decoder]:
     def load() -> Decoder:
         from megaxelm.model.hub import load_pretrained
 
-        return load_pretrained(folder, dtype=torch.float32)
+        return load_pretrained(folder, dtype=torch.float32).to(_device())
 
     return load
 

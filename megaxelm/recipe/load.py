@@ -30,7 +30,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: cannot be read as UTF-8 text ({error})") from None
     try:
         tree = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
         raise RecipeError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections (name, corpus, clusters, ...), found {type(tree).__name__}")

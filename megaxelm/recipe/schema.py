@@ -18,7 +18,7 @@ _NO_EFFECT: JsonDict = {"affects_result": False}
 class Section(BaseModel):
     """Base of every part of the recipe: strict about names, documented by the text under each field."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class FieldNames(Section):
@@ -114,7 +114,7 @@ class CorpusConfig(Section):
     """Sources of training text: globs, Hugging Face datasets, or message catalogs."""
     valid: list[Source] = []
     """Sources of held-out text. Empty: a share of `train` is held out by hash."""
-    languages: list[str] | None = None
+    languages: list[str] | None = Field(None, min_length=1)
     """Language codes to use, ISO 639-1 or 639-3; documents in others are skipped and counted. Null: all that occur."""
     fields: FieldNames = FieldNames()
     """Names of the fields in JSON lines, Parquet and Hugging Face rows."""
@@ -129,13 +129,21 @@ class CorpusConfig(Section):
 
     _sources = field_validator("train", "valid", mode="before")(_as_sources)
 
+    @field_validator("languages")
+    @classmethod
+    def _each_once(cls, value: list[str] | None) -> list[str] | None:
+        twice = sorted({code for code in value or [] if (value or []).count(code) > 1})
+        if twice:
+            raise ValueError(f"corpus.languages names {', '.join(twice)} more than once: name each language once")
+        return value
+
 
 class TokenizerConfig(Section):
     """The tokenizer: trained here, or loaded."""
 
-    load: str | None = None
+    load: str | None = Field(None, min_length=1)
     """Folder or Hugging Face name of a tokenizer to use. Null: a SentencePiece Unigram model is trained."""
-    vocab_size: int = Field(8192, ge=300)
+    vocab_size: int = Field(8192, ge=300, le=2_000_000)
     """Pieces of a tokenizer trained here, bytes and special tokens included."""
     character_coverage: float = Field(0.9995, gt=0.9, le=1)
     """Share of characters that get a piece of their own; the rest is spelt in bytes."""
@@ -178,7 +186,7 @@ class ClustersConfig(Section):
     """Settings of the typology partitioner."""
     tfidf: TfidfConfig = TfidfConfig()
     """Settings of the TF-IDF partitioner, and of the vector space behind the `tfidf` router."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of samples and starts."""
 
     @model_validator(mode="after")
@@ -266,14 +274,14 @@ class TrainConfig(Section):
     """Devices (or CPU processes) an expert when `megaxelm` starts the training; more than one goes through `deepspeed`."""
     concurrent_experts: int = Field(1, ge=1, json_schema_extra=_NO_EFFECT)
     """Experts trained at the same time on a machine without GPUs; the cores are divided among them."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the sample order, the weights and the dropout."""
 
 
 class SeedConfig(Section):
     """The seed model that every expert branches from."""
 
-    load: str | None = None
+    load: str | None = Field(None, min_length=1)
     """Hugging Face checkpoint folder or name of the seed. Null: trained from scratch with `model`."""
     steps: int | None = Field(None, ge=1)
     """Steps of seed training; null: `train.steps`."""
@@ -334,14 +342,14 @@ class EvaluationConfig(Section):
     """Held-out documents scored a language at most, in order of their hash."""
     sequence_length: int | None = Field(None, ge=8)
     """Tokens scored of a document; the rest is cut. Null: `train.sequence_length`."""
-    routers: list[RouterName] = ["language", "tfidf", "posterior", "uniform"]
+    routers: list[RouterName] = Field(["language", "tfidf", "posterior", "uniform"], min_length=1)
     """Mixtures to evaluate."""
 
 
 class Recipe(Section):
     """One run, whole."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=_NO_EFFECT)
+    name: str = Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=_NO_EFFECT)
     """Name of the run: its folder is `runs/<name>`."""
     corpus: CorpusConfig
     """Where the text comes from."""

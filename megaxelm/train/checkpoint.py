@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaxelm.errors import CheckpointError
+from megaxelm.errors import CheckpointError, StageError
 from megaxelm.files import hash_file, read_json, write_json
 
 _COMPLETE = "complete.json"
@@ -70,7 +70,10 @@ def find_checkpoint(folder: Path, layout: dict[str, Any]) -> tuple[Progress | No
 
 
 def _verified(tag: Path) -> dict[str, Any]:
-    note: dict[str, Any] = read_json(tag / _COMPLETE)
+    try:
+        note = read_json(tag / _COMPLETE, step=int, samples=int, layout=dict, files=dict)
+    except StageError:
+        raise CheckpointError(f"{tag / _COMPLETE}: damaged; remove the folder {tag} to resume from an earlier checkpoint") from None
     for name, wanted in note["files"].items():
         path = tag / name
         if not path.exists() or path.stat().st_size != wanted["bytes"] or hash_file(path) != wanted["xxh3"]:

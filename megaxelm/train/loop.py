@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megaxelm.corpus.packing import PackedBatch, pack
 from megaxelm.corpus.prepare import read_documents
 from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
-from megaxelm.errors import ModelError, TrainError
+from megaxelm.errors import ModelError, StageError, TrainError
 from megaxelm.files import hash_value, write_json
 from megaxelm.model.config import config_from_recipe
 from megaxelm.model.decoder import Decoder
@@ -317,7 +318,9 @@ def _export(setting: Setting, model: Decoder, parameters: dict[str, torch.Tensor
 def sample_texts(run: RunFolder, tokenizer: Tokenizer, texts: int = 4, tokens: int = 64) -> list[list[int]]:
     """The beginnings of held-out documents in several languages, to compare logits on."""
     files = sorted((run.folder("corpus") / "valid").glob("*.jsonl"))
-    documents = [next(iter(read_documents(file))) for file in files[:: max(1, len(files) // texts)]]
+    documents = [document for file in files[:: max(1, len(files) // texts)] for document in islice(read_documents(file), 1)]
+    if not documents:
+        raise StageError(f"{run.folder('corpus')}/valid: no held-out text; make the corpus again: megaxelm run RECIPE --from corpus")
     return [[tokenizer.start_id, *ids[:tokens]] for ids in tokenizer.encode([document.text for document in documents])]
 
 

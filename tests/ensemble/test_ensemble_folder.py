@@ -154,7 +154,7 @@ def change_json(path: Path, **changes: object) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "not an ensemble folder"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "expected an object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "a list where an object was written"),
         (lambda folder: change_json(folder / "config.json", model_type="llama"), "model_type = 'llama'"),
         (lambda folder: change_json(folder / "config.json", format=99), "format = 99"),
         (lambda folder: change_json(folder / "config.json", experts=[]), "names no expert"),

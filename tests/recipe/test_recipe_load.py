@@ -39,6 +39,8 @@ def test_every_recipe_of_the_project_loads_and_survives_being_resolved(path: Pat
         ({"name": "tiny", "clusters": {"k": 2}}, ["corpus: missing"]),
         (MINIMAL | {"name": "../up"}, ["name = '../up'"]),
         (with_values(ensemble={"router": "fixed"}), ["ensemble.fixed_weights is empty"]),
+        (with_values(corpus={"languages": ["en", "en"]}), ["names en more than once"]),
+        (with_values(train={"lr": float("inf")}), ["train.lr", "finite"]),
         (with_values(ensemble={"top_m": 3}), ["ensemble.top_m = 3", "clusters.k = 2"]),
         (with_values(seed={"load": "some/seed"}), ["seed.load is set and tokenizer.load is not"]),
         (with_values(evaluation={"sequence_length": 4096}), ["evaluation.sequence_length = 4096"]),

@@ -122,6 +122,66 @@ def test_a_full_disk_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -
     assert "the disk is full" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "runs/x/.locks/run"), "runs/x/.locks/run: permission denied"),
+        (NotADirectoryError(20, "Not a directory", "runs/file/x"), "runs/file/x: not a directory"),
+        (Exception("No space left on device (os error 28)"), "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 3840 vs 3732"), "the disk is full"),
+    ],
+)
+def test_trouble_with_files_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str], error: Exception, words: str) -> None:
+    def fail() -> None:
+        raise error
+
+    assert run_guarded(fail) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback() -> None:
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run_guarded(fail)
+
+
+VERIFY = ["index", "verify"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\xff\x00{"], ids=repr)
+@pytest.mark.parametrize(
+    ("file", "verb"),
+    [
+        ("clusters/report.json", ["cluster", "show"]),
+        ("index/manifest.json", VERIFY),
+        ("corpus/manifest.json", "tokenizer"),
+        ("corpus/stage.json", "clusters"),
+        ("tokenizer/megaxelm_tokenizer.json", "index"),
+        ("corpus/valid/keys.npy", "index"),
+        ("clusters/partitioner.json", "index"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    capsys: pytest.CaptureFixture[str], indexed_run: Path, file: str, verb: str | list[str], content: bytes
+) -> None:
+    (indexed_run / file).write_bytes(content)
+    if isinstance(verb, str):
+        arguments = ["run", indexed_run / "recipe.yaml", "--runs", indexed_run.parent, "--only", verb]
+    else:
+        arguments = [*verb, indexed_run]
+    code, _, errors = command(capsys, *arguments)
+    assert code == 2 and file.split("/")[-1] in errors and "Traceback" not in errors, errors
+
+
+def test_damaged_documents_are_named(capsys: pytest.CaptureFixture[str], indexed_run: Path) -> None:
+    (indexed_run / "corpus" / "sample" / "en.jsonl").write_bytes(b'{"text": "a", "id"')
+    arguments = ("run", indexed_run / "recipe.yaml", "--runs", indexed_run.parent, "--only", "clusters")
+    code, _, errors = command(capsys, *arguments)
+    assert code == 2 and "en.jsonl: missing or damaged" in errors and "--from corpus" in errors
+
+
 def test_recipe_verbs(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
     code, shown, _ = command(capsys, "recipe", "show", recipe, "--set", "train.lr=2e-3")
     assert code == 0 and yaml.safe_load(shown)["train"]["lr"] == 2e-3 and yaml.safe_load(shown)["train"]["beta2"] == 0.95

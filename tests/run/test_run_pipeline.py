@@ -82,6 +82,21 @@ def test_a_changed_tokenizer_makes_everything_after_the_corpus_again(made: Path)
     assert "experts/seed" in stale(made, "tokenizer.vocab_size=420") and "corpus" not in stale(made, "tokenizer.vocab_size=420")
 
 
+def test_an_expert_whose_export_was_removed_is_made_again(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "copy")
+    shutil.copy(made / "recipe.yaml", tmp_path / "copy" / "recipe.yaml")
+    shutil.rmtree(tmp_path / "copy" / "runs" / "tiny" / "experts" / "bg-en" / "export")
+    assert stale(tmp_path / "copy") == ["experts/bg-en", "ensemble", "evaluation", "report"]
+
+
+def test_what_branches_depends_on_its_parents_weights(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "copy")
+    marker = tmp_path / "copy" / "runs" / "tiny" / "experts" / "seed" / "stage.json"
+    content = json.loads(marker.read_text())
+    marker.write_text(json.dumps(content | {"weights": "trained again, on another device"}))
+    assert stale(tmp_path / "copy") == ["experts/dense", "experts/bg-en", "experts/de-ru", "ensemble", "evaluation", "report"]
+
+
 def test_a_changed_source_file_is_named(made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
