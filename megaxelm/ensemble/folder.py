@@ -193,12 +193,9 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
             f"{folder}: not an ensemble folder ({path.relative_to(folder)} is missing); `megaxelm run RECIPE` builds <run>/ensemble"
         )
     try:
-        value = read_json(path)
+        return read_json(path)
     except MegaxelmError as error:
         raise RoutingError(str(error)) from None
-    if not isinstance(value, dict):
-        raise RoutingError(f"{path}: damaged (expected an object, found {type(value).__name__}); build the ensemble again")
-    return value
 
 
 def _link_folder(source: Path, target: Path) -> None:
