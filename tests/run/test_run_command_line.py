@@ -205,7 +205,7 @@ def test_donors_are_relatives(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process groups are looked up in /proc")
-def test_a_terminated_run_ends_its_training_process(indexed_run: Path) -> None:
+def test_a_training_keeps_others_away_and_ends_with_its_run(indexed_run: Path) -> None:
     env = dict(os.environ) | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
     sets = ["--set", "train.steps=5000", "--set", "train.checkpoint_every=5000"]
     process = subprocess.Popen(
@@ -221,6 +221,9 @@ def test_a_terminated_run_ends_its_training_process(indexed_run: Path) -> None:
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert metrics.exists() and len(children) == 1
+    other = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--set", "train.steps=3")
+    assert other.returncode == 2 and "another megaxelm works here" in other.stderr, "two trainings of one model do not mix"
+    assert not (indexed_run / "replaced").exists()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "stopped; what was finished stays" in errors
