@@ -11,12 +11,16 @@ import io
 import json
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
+from tqdm import tqdm
 
 from megaxelm.corpus.prepare import load_manifest, read_documents
 from megaxelm.errors import StageError, TokenizerError
@@ -196,32 +200,52 @@ def _train(recipe: Recipe, corpus_folder: Path, out: Path) -> None:
     settings = recipe.tokenizer
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sample_sentences(corpus_folder, settings.sample_bytes),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=settings.vocab_size,
-            character_coverage=settings.character_coverage,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_digits=True,
-            required_chars=_REQUIRED,
-            user_defined_symbols=["\n"],
-            max_sentence_length=1 << 20,
-            num_threads=_THREADS,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            minloglevel=2,
-        )
+        with _clock("tokenizer: training SentencePiece"):
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sample_sentences(corpus_folder, settings.sample_bytes),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=settings.vocab_size,
+                character_coverage=settings.character_coverage,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                split_digits=True,
+                required_chars=_REQUIRED,
+                user_defined_symbols=["\n"],
+                max_sentence_length=1 << 20,
+                num_threads=_THREADS,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=3,
+                minloglevel=2,
+            )
     except RuntimeError as error:
         raise TokenizerError(_explain(str(error), recipe)) from None
     (out / "tokenizer.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     _write_hugging_face(processor, out, settings.begin_of_document)
+
+
+@contextmanager
+def _clock(title: str) -> Iterator[None]:
+    """A bar that shows the time gone by: SentencePiece does not say how far it is."""
+    done = threading.Event()
+    with tqdm(desc=title, file=sys.stderr, bar_format="{desc} ({elapsed})", leave=False) as bar:
+
+        def tick() -> None:
+            while not done.wait(0.5):
+                bar.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            ticking.join()
 
 
 def _explain(message: str, recipe: Recipe) -> str:

@@ -147,7 +147,7 @@ class TokenizerConfig(Section):
     """Pieces of a tokenizer trained here, bytes and special tokens included."""
     character_coverage: float = Field(0.9995, gt=0.9, le=1)
     """Share of characters that get a piece of their own; the rest is spelt in bytes."""
-    sample_bytes: int = Field(10_000_000, ge=10_000)
+    sample_bytes: int = Field(5_000_000, ge=10_000)
     """Text that the tokenizer is trained on, UTF-8 bytes over all languages, equal shares where there is enough."""
     begin_of_document: bool = True
     """Put the BOS token in front of every document (and EOS behind, always). False is the way of the published runs."""
