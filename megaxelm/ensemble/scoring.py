@@ -30,7 +30,7 @@ def document_streams(
     start_id: int,
     token_budget: int = TOKEN_BUDGET,
     rows_per_chunk: int = 1024,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[Tensor]:
     """Log-probability of each id of each document under one model: a list of [tokens] fp32, in the order of the documents.
 
@@ -78,7 +78,7 @@ def expert_streams(
     start_id: int,
     experts_of: Sequence[Sequence[int]] | None = None,
     token_budget: int = TOKEN_BUDGET,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[Tensor]:
     """Token log-probabilities [experts, tokens] fp32 of each document, expert by expert.
 
