@@ -75,10 +75,12 @@ class RunFolder:
         path = self.folder(unit) / MARKER
         if not path.exists():
             return None
-        marker = read_json(path, settings=dict, inputs=dict, sources=dict, fingerprint=str)
-        if unit.startswith("experts/") and not (self.folder(unit) / "export" / "config.json").exists():
+        fields = {"settings": dict, "inputs": dict, "sources": dict, "fingerprint": str}
+        if not unit.startswith("experts/"):
+            return read_json(path, **fields)
+        if not (self.folder(unit) / "export" / "config.json").exists():
             return None  # what it stands for has been removed
-        return marker
+        return read_json(path, **fields, weights=str)
 
     def recipe(self) -> Recipe:
         """The resolved recipe stored with the run.
