@@ -13,7 +13,7 @@ import typer
 
 from megaxelm import __version__
 from megaxelm.console import end_on_signals, run_guarded
-from megaxelm.errors import RoutingError, StageError
+from megaxelm.errors import RoutingError, StageError, TokenIndexError
 from megaxelm.recipe import Recipe, dump_recipe, load_recipe, recipe_docs
 from megaxelm.run import RunFolder
 
@@ -29,6 +29,7 @@ app.add_typer(index_app, name="index")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the recipe of one.")]
+IndexArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, its recipe, an index folder, or a Megatron prefix.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. --set train.lr=2e-3. Repeatable.")
 ]
@@ -64,6 +65,17 @@ def run(
         _print_table(folder)
     if (folder.path / "report" / "index.html").exists():
         print(f"report: {folder.path}/report/index.html")
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = _RUNS) -> None:
+    """Prepare a corpus: read, deduplicate, tokenise, assign to clusters, merge into token indexes. Where: the recipe's `executor:`."""
+    from megaxelm.stages import Stages
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = RunFolder(runs / loaded.name)
+    if not Stages(folder, loaded).run(until="index"):
+        print(f"{folder.path}: everything is up to date; nothing to do")
 
 
 @app.command()
@@ -185,7 +197,7 @@ def recipe_check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     loaded = load_recipe(recipe, overrides or ())
     find_ds_config(loaded.train.deepspeed_config)
     print(f"{recipe}: valid")
-    k = loaded.clusters.k or (len(loaded.corpus.languages) if loaded.corpus.languages else None)
+    k = loaded.clusters.num_clusters or (len(loaded.corpus.languages) if loaded.corpus.languages else None)
     if k is None:
         print("one expert a language; how many there are is known when the corpus has been read")
     else:
@@ -223,31 +235,117 @@ def cluster_donors(
     among: Annotated[
         str, typer.Option(help="Languages that have experts, with commas.")
     ] = "ar,bg,de,el,en,es,fr,hi,ja,ko,ru,sw,tr,ur,vi,zh",
+    number: Annotated[int, typer.Option(min=1, help="Relatives shown of each language.")] = 5,
+    features: Annotated[str, typer.Option(help="URIEL feature set, as in clusters.typology.features.")] = "syntax_average",
+    distances: Annotated[Path | None, typer.Option(help="CSV file of your own distances in place of URIEL.")] = None,
 ) -> None:
-    """Print the nearest relatives of languages, by typology."""
+    """Print the nearest relatives of languages, by typology: the first one's expert is the donor."""
     from megaxelm.cluster.typology import donors
+    from megaxelm.recipe import TypologyConfig
 
-    for language, near in donors(languages, among.split(",")):
-        print(f"{language}: " + "  ".join(f"{known} {distance:.4f}" for known, distance in near))
-
-
-@index_app.command("make")
-def index_make(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = _RUNS) -> None:
-    """Make the token index of a recipe, and what it needs."""
-    from megaxelm.stages import Stages
-
-    loaded = load_recipe(recipe, overrides or ())
-    Stages(RunFolder(runs / loaded.name), loaded).run(until="index")
+    known = [code.strip() for code in among.split(",") if code.strip()]
+    config = TypologyConfig(features=features, distances=str(distances) if distances else None)
+    for language, near in donors(languages, known, config):
+        print(f"{language}: " + "  ".join(f"{code} {distance:.4f}" for code, distance in near[:number]))
 
 
 @index_app.command("verify")
-def index_verify(run: RunArgument, runs: RunsOption = _RUNS) -> None:
-    """Read every token index of a run through, and compare it with its manifest."""
-    from megaxelm.corpus.build import verify_index
+def index_verify(run: IndexArgument, runs: RunsOption = _RUNS) -> None:
+    """Read every token index through, and compare it with the manifest and with tokenizer and clusters of the run."""
+    from megaxelm.corpus.index_folder import verify_index
+    from megaxelm.corpus.token_index import TokenIndex
+    from megaxelm.corpus.tokenizer import Tokenizer
 
-    folder, _ = _open_run(run, None, runs)
-    for line in verify_index(folder.folder("index")):
+    place, folder = _find_index(run, runs)
+    if not place.is_dir():
+        index = TokenIndex(place)
+        index.verify()
+        print(f"{place}: {index.num_documents:,} documents, {index.num_tokens:,} tokens, sound")
+        return
+    tokenizer = Tokenizer.load(folder.folder("tokenizer")) if folder else None
+    clusters = folder.marker("clusters") if folder else None
+    for line in verify_index(place, tokenizer, clusters["fingerprint"] if clusters else None):
         print(line)
+
+
+@index_app.command("stats")
+def index_stats_command(
+    run: IndexArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False, runs: RunsOption = _RUNS
+) -> None:
+    """Print documents, tokens, bytes a token and lengths of documents of every token index."""
+    import json
+
+    from megaxelm.corpus.index_folder import open_each
+    from megaxelm.corpus.index_stats import index_stats, print_stats, stats_json
+    from megaxelm.corpus.token_index import TokenIndex
+
+    place, _ = _find_index(run, runs)
+    indexes = open_each(place) if place.is_dir() else [(place.name, TokenIndex(place), None)]
+    stats = [index_stats(index, name, num_bytes) for name, index, num_bytes in indexes]
+    if not as_json:
+        print_stats(stats)
+        return
+    for row in stats:
+        print(json.dumps(stats_json(row), ensure_ascii=False))
+
+
+@index_app.command("peek")
+def index_peek(
+    run: IndexArgument,
+    name: Annotated[str | None, typer.Argument(metavar="CLUSTER/LANGUAGE", help="Which index; left out for a plain prefix.")] = None,
+    document: Annotated[int, typer.Option(min=0, help="Number of the document.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Documents to print.")] = 1,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder of a run. Default: the one beside the index.")] = None,
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Print the token ids and the text of documents."""
+    from megaxelm.corpus.index_folder import check_tokenizer, open_one
+    from megaxelm.corpus.token_index import TokenIndex
+    from megaxelm.corpus.tokenizer import Tokenizer
+
+    place, _ = _find_index(run, runs)
+    if place.is_dir() == (name is None):
+        raise TokenIndexError(f"{place}: " + ("name one of its indexes, CLUSTER/LANGUAGE" if name is None else f"is one index, not {name}"))
+    index = open_one(place, name) if name is not None else TokenIndex(place)
+    beside = place.parent / "tokenizer"
+    found = Tokenizer.load(tokenizer or beside) if tokenizer or (place.is_dir() and beside.is_dir()) else None
+    if found is not None and place.is_dir():
+        check_tokenizer(place, found)
+    for i in range(document, min(document + count, max(index.num_documents, document + 1))):
+        ids = index.document(i).tolist()
+        print(f"document {i}, {len(ids)} tokens: {' '.join(map(str, ids))}")
+        if found is not None:
+            print(found.decode(ids))
+    if found is None:
+        print("(ids alone: no tokenizer lies beside the index; name one with --tokenizer)", file=sys.stderr)
+
+
+@index_app.command("merge")
+def index_merge(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Prefix to write: OUT.bin and OUT.idx, which must not exist.")],
+    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="Prefixes of Megatron token indexes, in order.")],
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Refuse ids from this one on. Default: from the manifests, if any.")] = None,
+) -> None:
+    """Join Megatron token indexes of one tokenizer to one; each is verified first."""
+    from megaxelm.corpus.index_folder import merged_vocab_size
+    from megaxelm.corpus.index_merge import merge_indexes
+    from megaxelm.corpus.token_index import TokenIndex
+
+    known = merged_vocab_size(prefixes)
+    merge_indexes(prefixes, output, vocab_size or known)
+    index = TokenIndex(output)
+    print(f"{output}: {index.num_documents:,} documents, {index.num_tokens:,} tokens of {len(prefixes)} indexes")
+
+
+def _find_index(path: Path, runs: Path) -> tuple[Path, RunFolder | None]:
+    """The index folder of a run, an index folder as it is, or the prefix of one index; and the run, where there is one."""
+    from megaxelm.corpus.index_folder import MANIFEST
+    from megaxelm.corpus.token_index import index_paths
+
+    if index_paths(path)[1].exists() or ((path / MANIFEST).exists() and not (path / "recipe.yaml").exists()):
+        return path, None
+    folder, _ = _open_run(path, None, runs)
+    return folder.folder("index"), folder
 
 
 def _open_run(path: Path, overrides: list[str] | None, runs: Path) -> tuple[RunFolder, Recipe]:

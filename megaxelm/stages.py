@@ -11,15 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megaxelm.errors import StageError
 from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import Member, account, account_text, find_member, member_settings, plan_members
 
-STAGES = ("corpus", "tokenizer", "clusters", "index", "seed", "experts", "ensemble", "evaluation", "report")
+STAGES = ("corpus", "tokenizer", "tokens", "clusters", "index", "seed", "experts", "ensemble", "evaluation", "report")
 _STAGE_VERSION = 1
 
 
@@ -88,7 +86,7 @@ class Stages:
         return self._known_sources[unit]
 
     def _corpus_made_from(self) -> MadeFrom:
-        from megaxelm.corpus.readers import source_fingerprint
+        from megaxelm.corpus.inputs import source_fingerprint
 
         corpus = self.recipe.corpus
         sources = self._sources("corpus", lambda: source_fingerprint([*corpus.train, *corpus.valid]))
@@ -102,16 +100,25 @@ class Stages:
         patterns = ("tokenizer.json", "tokenizer_config.json", "*.model")
         return MadeFrom(settings, sources=self._sources("tokenizer", lambda: _folder_sources(Path(loaded), patterns)))
 
+    def _tokens_made_from(self) -> MadeFrom:
+        return MadeFrom(self._settings({}), self._fingerprints("corpus", "tokenizer"))
+
     def _clusters_made_from(self) -> MadeFrom:
-        clusters = result_settings(self.recipe.clusters)
-        kind = self.recipe.clusters.partitioner
-        used = ("partitioner", "k", kind, *(["seed"] if kind == "tfidf" else []))
-        kept = {key: value for key, value in clusters.items() if key in used}
-        subword = kind == "tfidf" and self.recipe.clusters.tfidf.analyzer == "subword"
-        return MadeFrom(self._settings({"clusters": kept}), self._fingerprints("corpus", *(["tokenizer"] if subword else [])))
+        clusters = self.recipe.clusters
+        kind = clusters.partitioner
+        used = ("partitioner", "k", kind, *(["seed"] if kind in ("tfidf", "random") else []))
+        settings: dict[str, Any] = {"clusters": {key: value for key, value in result_settings(clusters).items() if key in used}}
+        sources: dict[str, str] = {}
+        if kind == "typology" and clusters.typology.distances:
+            table = Path(clusters.typology.distances)
+            sources = self._sources("clusters", lambda: {table.name: hash_file(table)} if table.is_file() else {})
+        if kind == "tfidf" and clusters.tfidf.assign == "balanced":
+            # documents are balanced within a block
+            settings["block_bytes"] = self.recipe.executor.block_bytes
+        return MadeFrom(self._settings(settings), self._fingerprints("tokens"), sources)
 
     def _index_made_from(self) -> MadeFrom:
-        return MadeFrom(self._settings({}), self._fingerprints("corpus", "tokenizer", "clusters"))
+        return MadeFrom(self._settings({}), self._fingerprints("tokens", "clusters"))
 
     def _expert_made_from(self, member: Member) -> MadeFrom:
         settings = self._settings(member_settings(self.recipe, member))
@@ -291,7 +298,7 @@ class Stages:
     def _make_corpus(self, out: Path) -> None:
         from megaxelm.corpus.prepare import load_manifest, prepare_corpus
 
-        prepare_corpus(self.recipe, out)
+        prepare_corpus(self.recipe, self._shards(), out)
         for line in _corpus_summary(load_manifest(out)):
             self.say(line)
 
@@ -300,24 +307,29 @@ class Stages:
 
         build_tokenizer(self.recipe, self.folder.folder("corpus"), out)
 
-    def _make_clusters(self, out: Path) -> None:
-        from megaxelm.cluster.stage import build_clusters
-        from megaxelm.corpus.tokenizer import Tokenizer
+    def _make_tokens(self, out: Path) -> None:
+        from megaxelm.corpus.tokens import build_tokens
 
-        build_clusters(self.recipe, self.folder.folder("corpus"), Tokenizer.load(self.folder.folder("tokenizer")), out)
+        build_tokens(self.recipe, self.folder.folder("corpus"), self.folder.folder("tokenizer"), self._shards(), out)
+
+    def _make_clusters(self, out: Path) -> None:
+        from megaxelm.cluster.stage import build_clusters, show_report
+        from megaxelm.report.clusters import write_cluster_page
+
+        corpus, tokens, tokenizer = (self.folder.folder(stage) for stage in ("corpus", "tokens", "tokenizer"))
+        build_clusters(self.recipe, corpus, tokens, tokenizer, self._shards(), out)
+        write_cluster_page(out)
+        show_report(read_json(out / "report.json"))
 
     def _make_index(self, out: Path) -> None:
-        from megaxelm.cluster.load import load_partitioner
-        from megaxelm.corpus.build import build_index
-        from megaxelm.corpus.tokenizer import Tokenizer
+        from megaxelm.corpus.merge import build_index
 
-        tokenizer_folder = self.folder.folder("tokenizer")
-        partitioner = load_partitioner(self.folder.folder("clusters"), Tokenizer.load(tokenizer_folder))
+        tokens, tokenizer, clusters = (self.folder.folder(stage) for stage in ("tokens", "tokenizer", "clusters"))
+        build_index(self.recipe, tokens, tokenizer, clusters, self._fingerprint("clusters"), self._shards(), out)
 
-        def assign(documents: Any) -> np.ndarray:
-            return partitioner.assign(documents)
-
-        build_index(self.recipe, self.folder.folder("corpus"), tokenizer_folder, partitioner.names, assign, out)
+    def _shards(self) -> Path:
+        """Where parts of the preparation are kept; absolute, since other processes and machines work there."""
+        return self.folder.path.absolute() / "shards"
 
     def _make_ensemble(self, out: Path) -> None:
         from megaxelm.ensemble.stage import build_ensemble

@@ -30,7 +30,7 @@ def write_corpus(folder: Path, documents: int = 60) -> Path:
     return folder
 
 
-def tiny_recipe(corpus: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def tiny_recipe(corpus: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A recipe over `write_corpus` that trains in seconds; `sections` are merged into it."""
     tree: dict[str, Any] = {
         "name": "tiny",

@@ -1,1 +1,1 @@
-"""How the corpus is divided among experts: partitioners by language relatedness, by document similarity, by language."""
+"""How the corpus is divided among experts: by the relatedness of languages, the similarity of documents, a list of languages, or chance."""

@@ -1,70 +1,162 @@
-"""k-means with clusters of equal size (paper, section 3.1).
+"""k-means with clusters of equal size or weight (paper, section 3.1).
 
-Each step gives every vector to a centre so that the sum of squared distances is the least possible among all divisions into
-clusters of floor(n / k) or ceil(n / k) vectors. This transportation problem is solved exactly: start from the nearest centre less
-its price, then move vectors along shortest paths from clusters that are too full to those that are too empty (successive
-shortest paths; Ahuja, Magnanti and Orlin, Network Flows, 1993, section 9.7). A graph of k + 1 nodes is all that takes, since
-only the cheapest vector to move matters between two clusters. Prices carry over from one step to the next.
+Each step gives every vector to a centre so that the sum of squared distances is the least possible among all balanced divisions
+(`megaxelm.cluster.assignment`); then each centre moves to the mean of its vectors. The prices of one step start the next.
+
+Works on the device of the vectors. Beyond them it holds one float32 copy, the float32 costs [k, n] and about 40 bytes a vector; blocks
+of vectors are what is multiplied, so memory and time are linear in n.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from megaxelm.cluster.assignment import BLOCK_ROWS, as_weights, assign, balanced_assignment, bounds
+from megaxelm.cluster.prices import Floats
 from megaxelm.errors import ClusterError
+
+__all__ = ["balanced_assignment", "balanced_kmeans", "refine", "squared_distances"]
 
 STARTS = 8
 """Starts of k-means; on real text their objectives differ by up to 10 %."""
 
+_START_ROWS = 65_536
+"""Of more vectors the starts are compared on a random sample of so many (at least 256 a cluster), and the best goes on with all."""
 
-def balanced_kmeans(vectors: NDArray[np.floating], k: int, seed: int, iterations: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Cut `vectors` [n, d] into k clusters of floor(n / k) or ceil(n / k) vectors each.
 
-    The best of `STARTS` starts: centres by k-means++, means afterwards, until no vector changes its cluster or for `iterations`.
-    The same input gives the same result.
+@dataclass(frozen=True)
+class _Points:
+    """Vectors around their mean, in units of their spread, so that float32 does for costs whatever the numbers were."""
+
+    rows: Tensor  # [n, d] float32
+    weights: Floats | None  # [n]
+    middle: Tensor  # [d] float64
+    spread: float
+
+    @staticmethod
+    def of(vectors: Tensor, weights: Floats | None) -> _Points:
+        """Raises ClusterError if a vector is not finite."""
+        count = len(vectors)
+        wide = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+        blocks = [slice(first, first + BLOCK_ROWS) for first in range(0, count, BLOCK_ROWS)]
+        middle = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+        for block in blocks:
+            middle += vectors[block].to(wide).sum(dim=0).double() / count
+        if not torch.isfinite(middle).all():
+            raise ClusterError("balanced k-means: a document's vector holds NaN or infinity")
+        largest = max(float((vectors[block].to(wide) - middle.to(wide)).abs().max()) for block in blocks)
+        spread = largest or 1.0
+        rows = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
+        for block in blocks:
+            rows[block] = (vectors[block].to(wide) - middle.to(wide)) / spread
+        return _Points(rows, weights, middle.to(wide).double(), spread)
+
+    def some(self, chosen: NDArray[np.int64]) -> _Points:
+        """Those of the vectors."""
+        rows = self.rows[torch.from_numpy(chosen).to(self.rows.device)]
+        return _Points(rows, None if self.weights is None else self.weights[chosen], self.middle, self.spread)
+
+
+@overload
+def balanced_kmeans(
+    vectors: Tensor,
+    k: int,
+    seed: int,
+    iterations: int,
+    *,
+    weights: Tensor | NDArray[np.number] | None = None,
+    tolerance: float = 0.0,
+    starts: int = STARTS,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def balanced_kmeans(
+    vectors: NDArray[np.floating],
+    k: int,
+    seed: int,
+    iterations: int,
+    *,
+    weights: Tensor | NDArray[np.number] | None = None,
+    tolerance: float = 0.0,
+    starts: int = STARTS,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...
+def balanced_kmeans(
+    vectors: Tensor | NDArray[np.floating],
+    k: int,
+    seed: int,
+    iterations: int,
+    *,
+    weights: Tensor | NDArray[np.number] | None = None,
+    tolerance: float = 0.0,
+    starts: int = STARTS,
+) -> tuple[Tensor | NDArray[np.float32], Tensor | NDArray[np.int64]]:
+    """Cut `vectors` [n, d] into k clusters of equal size, or of equal weight where `weights` [n] are given.
+
+    The best of several starts by k-means++, each until no vector changes its cluster or for `iterations`. Of more than 65,536 vectors
+    (or 256 k) the starts are compared on a sample of so many; the best goes on with all. The least sum of (weight times) squared distance
+    wins. The same input on the same device gives the same result.
+
+    Args:
+        weights: positive, as the tokens of a document.
+        tolerance: t; without weights clusters hold floor(n / k) or ceil(n / k) vectors at t = 0, else (1 -+ t) n / k. With weights
+            they weigh (1 -+ t) x total / k, give or take less than the heaviest vector. No cluster is empty, whatever t.
+        starts: at least 1.
 
     Returns:
-        centres [k, d] and the number of each vector's cluster [n].
+        centres float32 [k, d] and the number of each vector's cluster, int64 [n]: numpy for numpy, else tensors on the same device.
 
     Raises:
-        ClusterError: if k is not in 1..n, or a vector is not finite.
+        ClusterError: if k is not in 1..n, a vector is not finite, or weights, tolerance or starts are out of range.
     """
     from tqdm import tqdm
 
     count = len(vectors)
     if not 1 <= k <= count:
         raise ClusterError(f"clusters.k = {k}: there are {count} documents to divide; choose 1 to {count}")
-    points = np.asarray(vectors, dtype=np.float64)
-    if not np.isfinite(points).all():
-        raise ClusterError("balanced k-means: a document's vector holds NaN or infinity")
-    best = (np.inf, points[:k], np.zeros(count, dtype=np.int64))
-    seeds = np.random.SeedSequence(seed).generate_state(STARTS)
-    for start in tqdm(seeds, desc="balanced k-means, starts", file=sys.stderr, mininterval=0.5, leave=False):
-        centres, labels = _from_start(points, k, int(start), iterations)
-        objective = float(((points - centres[labels]) ** 2).sum())
+    if starts < 1:
+        raise ClusterError(f"balanced k-means: {starts} starts; choose 1 or more")
+    heavy = as_weights(weights)
+    bounds(count, k, heavy, tolerance)
+    points = _Points.of(vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.ascontiguousarray(vectors)), heavy)
+    random = np.random.default_rng(seed)
+    compared = max(_START_ROWS, 256 * k)
+    sample = points if count <= compared else points.some(np.sort(random.choice(count, compared, replace=False)))
+    best = (np.inf, points.rows[:k], torch.zeros(count, dtype=torch.int64))
+    for _ in tqdm(range(starts), desc="balanced k-means, starts", file=sys.stderr, mininterval=0.5, leave=False):
+        centres, labels = _lloyd(sample, _first_centres(sample, k, random), iterations, tolerance)
+        objective = _objective(sample, centres, labels)
         if objective < best[0]:
             best = (objective, centres, labels)
-    return best[1].astype(np.float32), best[2]
+    centres, labels = best[1:] if sample is points else _lloyd(points, best[1], iterations, tolerance)
+    return _returned(points, centres, labels, isinstance(vectors, Tensor))
 
 
-def _from_start(points: NDArray[np.float64], k: int, seed: int, iterations: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    from sklearn.cluster import kmeans_plusplus
+def refine(
+    vectors: Tensor | NDArray[np.floating],
+    centres: Tensor | NDArray[np.floating],
+    iterations: int,
+    *,
+    weights: Tensor | NDArray[np.number] | None = None,
+    tolerance: float = 0.0,
+) -> tuple[Tensor | NDArray[np.float32], Tensor | NDArray[np.int64]]:
+    """`balanced_kmeans` from given `centres` [k, d], for at most `iterations`."""
+    tensor = isinstance(vectors, Tensor)
+    points = _Points.of(vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.ascontiguousarray(vectors)), as_weights(weights))
+    first = (torch.as_tensor(centres).to(points.middle) - points.middle) / points.spread
+    return _returned(points, *_lloyd(points, first.float(), iterations, tolerance), tensor)
 
-    # k-means++ divides by the spread of the points, which is 0 where all are the same.
-    centres = kmeans_plusplus(points, k, random_state=seed)[0] if np.ptp(points, axis=0).any() else points[:k].copy()
-    labels = np.full(len(points), -1, dtype=np.int64)
-    prices = np.zeros(k)
-    for _ in range(iterations):
-        new, prices = balanced_assignment(squared_distances(points, centres), prices)
-        if (new == labels).all():
-            break
-        labels = new
-        for cluster in range(k):
-            centres[cluster] = points[labels == cluster].mean(axis=0)
-    return centres, labels
+
+def _returned(
+    points: _Points, centres: Tensor, labels: Tensor, tensor: bool
+) -> tuple[Tensor | NDArray[np.float32], Tensor | NDArray[np.int64]]:
+    found = (centres.double() * points.spread + points.middle).float()
+    return (found, labels) if tensor else (found.numpy(), labels.numpy())
 
 
 def squared_distances(vectors: NDArray[np.floating], centres: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -73,130 +165,102 @@ def squared_distances(vectors: NDArray[np.floating], centres: NDArray[np.floatin
     return np.maximum((x * x).sum(axis=1)[:, None] - 2.0 * (x @ c.T) + (c * c).sum(axis=1)[None, :], 0.0)
 
 
-def balanced_assignment(
-    costs: NDArray[np.float64], prices: NDArray[np.float64] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The cheapest division of n rows into k clusters of floor(n / k) or ceil(n / k) rows.
+def _first_centres(points: _Points, k: int, random: np.random.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii, 2007), greedy: of 2 + log k vectors drawn by squared distance the one that lowers it most."""
+    rows, count = points.rows, len(points.rows)
+    norms = rows.square().sum(dim=1)
+    weights = np.ones(count) if points.weights is None else points.weights
+    on_device = torch.from_numpy(weights).to(rows.device)
+    chosen = [int(_draw(weights, 1, random)[0])]
+    nearest = _distances_to(rows, norms, chosen)[0]
+    for _ in range(1, k):
+        chances = (nearest.double() * on_device).cpu().numpy()
+        if chances.sum() <= 0:
+            # Fewer different vectors than clusters: any will do.
+            chances = weights.copy()
+            chances[chosen] = 0.0
+        drawn = _draw(chances, 2 + int(np.log(k)), random)
+        reached = torch.minimum(_distances_to(rows, norms, drawn.tolist()), nearest)
+        left = [float((row.double() * on_device).sum()) for row in reached]
+        best = int(np.argmin(left))
+        chosen.append(int(drawn[best]))
+        nearest = reached[best]
+    return rows[chosen].clone()
 
-    `costs` [n, k]: of putting a row into a cluster. `prices` [k] from a like problem save time and change no optimum.
 
-    Returns:
-        the cluster of each row [n], and prices [k] that prove it: no row is cheaper elsewhere when each cluster's price is added.
-    """
-    count, k = costs.shape
-    floor = count // k
-    flow = _Flow(costs, _raise_prices(costs, np.zeros(k) if prices is None else prices), floor)
-    while flow.step():
-        pass
-    return flow.labels, -flow.potentials()[:k]
+def _draw(chances: Floats, number: int, random: np.random.Generator) -> NDArray[np.int64]:
+    sums = chances.cumsum()
+    return np.minimum(np.searchsorted(sums, random.random(number) * sums[-1], side="right"), len(sums) - 1)
 
 
-def _raise_prices(costs: NDArray[np.float64], prices: NDArray[np.float64], sweeps: int = 10) -> NDArray[np.float64]:
-    """Prices [k] at which the free choices are nearly balanced, by coordinate ascent on the dual problem.
+def _distances_to(rows: Tensor, norms: Tensor, chosen: list[int]) -> Tensor:
+    """Squared distances to some of the rows, [chosen, n]; 0 to themselves, which rounding could miss."""
+    distances = (norms - 2.0 * (rows[chosen] @ rows.T) + norms[chosen][:, None]).clamp_(min=0.0)
+    distances[torch.arange(len(chosen)), chosen] = 0.0
+    return distances
 
-    One cluster after the other gets the price at which just n / k rows choose it. What is left to the flow is little, which is
-    all this is for: the flow is exact from any prices.
-    """
-    count, k = costs.shape
-    if k == 1:
-        return prices
-    wanted = count / k
-    prices = prices.copy()
-    for _ in range(sweeps):
-        sizes = np.bincount((costs + prices).argmin(axis=1), minlength=k)
-        if np.abs(sizes - wanted).sum() <= max(k, count / 500):
+
+def _lloyd(points: _Points, centres: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Centres [k, d] that are the means of their vectors, and labels [n]."""
+    rows, k = points.rows, len(centres)
+    labels = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
+    costs = torch.empty(k, len(rows), dtype=torch.float32, device=rows.device)
+    prices: Floats | None = None
+    for number in range(iterations):
+        # Squared distances less the square of the vector, which no choice changes.
+        squares = centres.double().square().sum(dim=1).float()[:, None]
+        for first in range(0, len(rows), BLOCK_ROWS):
+            block = slice(first, first + BLOCK_ROWS)
+            torch.addmm(squares, centres, rows[block].T, alpha=-2.0, out=costs[:, block])
+        # On the way prices that nearly balance will do; only the last division is exact.
+        last = number == iterations - 1
+        found, prices = assign(costs, prices, points.weights, tolerance, nearly=not last)
+        if torch.equal(found, labels) and not last:
+            last = True
+            found, prices = assign(costs, prices, points.weights, tolerance)
+        _fill_empty(points, centres, costs, found)
+        labels = found
+        centres = _means(points, labels, k)
+        if last:
             break
-        for cluster in range(k):
-            offers = costs + prices
-            offers[:, cluster] = np.inf
-            advantage = offers.min(axis=1) - costs[:, cluster]
-            place = count - max(1, round(wanted))
-            last, first = np.partition(advantage, [max(place - 1, 0), place])[[max(place - 1, 0), place]]
-            prices[cluster] = (last + first) / 2
-    return prices
+    return centres, labels
 
 
-class _Flow:
-    """Rows in clusters, and what each cluster passes on to the sink (node k): floor or floor + 1 rows.
+def _means(points: _Points, labels: Tensor, k: int) -> Tensor:
+    """Means of the clusters, [k, d]."""
+    sums = torch.zeros(k, points.rows.shape[1], dtype=torch.float64, device=labels.device)
+    masses = torch.zeros(k, dtype=torch.float64, device=labels.device)
+    mean = 1.0 if points.weights is None else float(points.weights.mean())
+    for first in range(0, len(labels), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        member = torch.zeros(k, len(labels[block]), dtype=torch.float32, device=labels.device)
+        shares = torch.ones(1) if points.weights is None else torch.from_numpy(points.weights[block] / mean)
+        member.scatter_(0, labels[block][None], shares.to(member).expand(len(labels[block]))[None])
+        sums += (member @ points.rows[block]).double()
+        masses += member.sum(dim=1, dtype=torch.float64)
+    return (sums / masses[:, None]).float()
 
-    A move of a row from cluster a to b is an edge of the residual graph; so is one more row to the sink or one less. A cluster
-    that holds more than it passes on has an excess, the sink may have one too. No cycle of edges is ever negative, which is
-    optimality for the present excesses, and a shortest path keeps it so.
+
+def _objective(points: _Points, centres: Tensor, labels: Tensor) -> float:
+    """Sum of (weight times) squared distance of the vectors to their centre."""
+    total = 0.0
+    for first in range(0, len(labels), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        squares = (points.rows[block] - centres[labels[block]]).double().square().sum(dim=1)
+        total += float((squares if points.weights is None else squares * torch.from_numpy(points.weights[block]).to(squares.device)).sum())
+    return total
+
+
+def _fill_empty(points: _Points, centres: Tensor, costs: Tensor, labels: Tensor) -> None:
+    """Give each empty cluster the vector farthest from its own centre, of a cluster that has others.
+
+    Only a tolerance of 1 or more, or vectors heavier than a cluster should be, let one be empty.
     """
-
-    def __init__(self, costs: NDArray[np.float64], prices: NDArray[np.float64], floor: int) -> None:
-        count, k = costs.shape
-        self.costs, self.floor, self.k = costs, floor, k
-        # Shorter by less is not shorter, or rounding would make a cycle of cost 0 look negative.
-        self.hair = 1e-12 * (1.0 + float(np.abs(costs).max()))
-        self.labels = (costs + prices).argmin(axis=1).astype(np.int64)
-        sizes = np.bincount(self.labels, minlength=k)
-        # The dearest clusters are the wanted ones; the price of the last to get a row more is the sink's, so no edge to it is negative.
-        extra = count - floor * k
-        order = np.argsort(-prices, kind="stable")
-        self.passed = np.full(k, floor, dtype=np.int64)
-        self.passed[order[:extra]] += 1
-        self.excess = np.append(sizes - self.passed, 0)
-        self.edges = np.full((k + 1, k + 1), np.inf)
-        self.movers = np.zeros((k, k), dtype=np.int64)
-        for cluster in range(k):
-            self._refresh(cluster)
-
-    def _refresh(self, cluster: int) -> None:
-        """Cheapest row to move from `cluster` to each other one, and its edges with the sink."""
-        rows = np.flatnonzero(self.labels == cluster)
-        if len(rows):
-            extra = self.costs[rows] - self.costs[rows, cluster][:, None]
-            best = extra.argmin(axis=0)
-            self.movers[cluster] = rows[best]
-            self.edges[cluster, : self.k] = extra[best, np.arange(self.k)]
-        else:
-            self.edges[cluster, : self.k] = np.inf
-        self.edges[cluster, cluster] = np.inf
-        can_pass_more = self.passed[cluster] == self.floor
-        self.edges[cluster, self.k] = 0.0 if can_pass_more else np.inf
-        self.edges[self.k, cluster] = np.inf if can_pass_more else 0.0
-
-    def _shortest(self, start: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Bellman-Ford from start costs [k + 1]: distance of each node and the node before it (-1 at a start)."""
-        distance = start.copy()
-        before = np.full(self.k + 1, -1, dtype=np.int64)
-        for _ in range(self.k):
-            through = distance[:, None] + self.edges
-            best = through.argmin(axis=0)
-            shorter = through[best, np.arange(self.k + 1)]
-            better = shorter < distance - self.hair
-            if not better.any():
-                break
-            distance = np.where(better, shorter, distance)
-            before = np.where(better, best, before)
-        return distance, before
-
-    def step(self) -> bool:
-        """Move one unit of excess to the cheapest place that lacks one; False where nothing is in excess."""
-        sources = self.excess > 0
-        if not sources.any():
-            return False
-        distance, before = self._shortest(np.where(sources, 0.0, np.inf))
-        node = int(np.where(self.excess < 0, distance, np.inf).argmin())
-        self.excess[node] += 1
-        touched = set()
-        while before[node] >= 0:
-            previous = int(before[node])
-            if node == self.k:
-                self.passed[previous] += 1
-            elif previous == self.k:
-                self.passed[node] -= 1
-            else:
-                self.labels[self.movers[previous, node]] = node
-            assert previous not in touched, "a path that meets itself is a negative cycle, which cannot be"
-            touched |= {previous, node}
-            node = previous
-        self.excess[node] -= 1
-        for cluster in touched - {self.k}:
-            self._refresh(cluster)
-        return True
-
-    def potentials(self) -> NDArray[np.float64]:
-        """Shortest distances over the residual graph from anywhere, [k + 1]: none of the edges is negative after them."""
-        return self._shortest(np.zeros(self.k + 1))[0]
+    sizes = torch.bincount(labels, minlength=len(centres))
+    for cluster in (sizes == 0).nonzero()[:, 0].tolist():
+        far = costs.gather(0, labels[None])[0] + points.rows.square().sum(dim=1)
+        far[sizes[labels] < 2] = -torch.inf
+        row = int(far.argmax())
+        sizes[labels[row]] -= 1
+        sizes[cluster] += 1
+        labels[row] = cluster

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.errors import ClusterError
 
 if TYPE_CHECKING:
-    from megaxelm.corpus.document import Document
+    from megaxelm.corpus.document import Document, TokenDocument
 
 
 class LanguagePartitioner(Partitioner):
@@ -27,7 +27,7 @@ class LanguagePartitioner(Partitioner):
         self.k = k
         self.groups: dict[str, list[str]] = {}
 
-    def fit(self, documents: Iterable[Document]) -> None:
+    def fit(self, documents: Iterable[Document], tokens: Mapping[str, int] | None = None) -> None:
         """Take the languages that occur.
 
         Raises:
@@ -42,7 +42,7 @@ class LanguagePartitioner(Partitioner):
         self.names = unique_names([[code] for code in codes])
         self.groups = {name: [code] for name, code in zip(self.names, codes, strict=True)}
 
-    def assign(self, documents: Sequence[Document]) -> NDArray[np.int64]:
+    def assign(self, documents: Sequence[Document | TokenDocument]) -> NDArray[np.int64]:
         """Number of the language of each document, [documents]."""
         return assign_by_language(documents, self.groups)
 

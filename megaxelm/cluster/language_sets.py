@@ -14,12 +14,28 @@ from megaxelm.cluster.state import entry
 from megaxelm.errors import ClusterError
 
 if TYPE_CHECKING:
-    from megaxelm.corpus.document import Document
+    from megaxelm.corpus.document import Document, TokenDocument
 
 RESERVED_NAMES = ("seed", "dense")
 """Names of experts that are no cluster's."""
 LONGEST_NAME = 60
 """Characters of a cluster's name; a folder is named after it."""
+_SAFE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise a ClusterError where no folder and no expert can be named `name`; `what` says in the text what it is the name of."""
+    if not re.fullmatch(_SAFE_NAME, name):
+        raise ClusterError(f"{what} {name!r}: a name may hold letters (a-z), digits, - and _ only, since a folder is named after it")
+    if name.lower() in RESERVED_NAMES:
+        raise ClusterError(f"{what} {name!r}: the {name.lower()} model is named so; choose another name")
+    if len(name) > LONGEST_NAME:
+        raise ClusterError(f"{what} {name!r}: {len(name)} characters; a folder is named after it, choose at most {LONGEST_NAME}")
+
+
+def numbered_names(k: int) -> list[str]:
+    """Names of clusters that are no sets of languages: `c00`, `c01`, ..., with as many digits as k needs."""
+    return [f"c{number:0{max(2, len(str(k - 1)))}d}" for number in range(k)]
 
 
 def cluster_name(languages: Iterable[str]) -> str:
@@ -32,10 +48,10 @@ def cluster_name(languages: Iterable[str]) -> str:
     """
     codes = sorted(languages)
     for code in codes:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", code):
+        if not re.fullmatch(_SAFE_NAME, code):
             raise ClusterError(f"language {code!r}: a code may hold letters, digits, - and _ only, since a folder is named after it")
     name = "-".join(codes)
-    if name in RESERVED_NAMES:
+    if name.lower() in RESERVED_NAMES:
         raise ClusterError(f"language {name!r}: a cluster may not be named like the {name} model; give the language another code")
     if len(name) <= LONGEST_NAME:
         return name
@@ -75,7 +91,7 @@ def languages_of(documents: Iterable[Document]) -> list[str]:
     return codes
 
 
-def assign_by_language(documents: Sequence[Document], groups: Mapping[str, Sequence[str]]) -> NDArray[np.int64]:
+def assign_by_language(documents: Sequence[Document | TokenDocument], groups: Mapping[str, Sequence[str]]) -> NDArray[np.int64]:
     """Cluster number of each document by its language; `groups` maps cluster names, in order, to languages.
 
     Raises:

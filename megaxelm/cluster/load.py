@@ -6,28 +6,33 @@ from pathlib import Path
 
 from megaxelm.cluster.analyzers import TextEncoder
 from megaxelm.cluster.language import LanguagePartitioner
+from megaxelm.cluster.mapping import MappingPartitioner
 from megaxelm.cluster.partitioner import ARRAYS_FILE, SETTINGS_FILE, Partitioner
+from megaxelm.cluster.random_clusters import RandomPartitioner
 from megaxelm.cluster.state import damaged_is_an_error, entry, read_state
 from megaxelm.cluster.tfidf import TfidfPartitioner
 from megaxelm.cluster.typology import TypologyPartitioner
+
+_KINDS: dict[str, type[Partitioner]] = {
+    kind.kind: kind for kind in (LanguagePartitioner, MappingPartitioner, RandomPartitioner, TfidfPartitioner, TypologyPartitioner)
+}
 
 
 def load_partitioner(folder: Path | str, tokenizer: TextEncoder | None = None) -> Partitioner:
     """Read a partitioner that `Partitioner.save` wrote.
 
-    `tokenizer` is needed to assign documents with a TF-IDF partitioner over subwords, and by no other.
+    `tokenizer` is needed to assign texts with a TF-IDF partitioner over subwords or balanced by tokens, and by no other.
 
     Raises:
         ClusterError: if files are missing or damaged, or the tokenizer is not the one the partitioner was fitted with.
     """
     folder = Path(folder)
     path = folder / SETTINGS_FILE
-    kinds: dict[str, type[Partitioner]] = {kind.kind: kind for kind in (LanguagePartitioner, TfidfPartitioner, TypologyPartitioner)}
     settings, arrays = read_state(path, folder / ARRAYS_FILE)
     with damaged_is_an_error(path):
-        kind = kinds.get(entry(settings, "kind", str))
+        kind = _KINDS.get(entry(settings, "kind", str))
         if kind is None:
-            raise ValueError(f"kind = {settings['kind']!r} is none of {', '.join(sorted(kinds))}")
+            raise ValueError(f"kind = {settings['kind']!r} is none of {', '.join(sorted(_KINDS))}")
         names = settings["names"]
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("names is not a list of names")

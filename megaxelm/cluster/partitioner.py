@@ -7,7 +7,7 @@ A partitioner divides documents into named clusters, one expert each. It is kept
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from megaxelm.cluster.analyzers import TextEncoder
 from megaxelm.cluster.state import write_state
 
 if TYPE_CHECKING:
-    from megaxelm.corpus.document import Document
+    from megaxelm.corpus.document import Document, TokenDocument
 
 SETTINGS_FILE = "partitioner.json"
 ARRAYS_FILE = "partitioner.safetensors"
@@ -35,17 +35,27 @@ class Partitioner(ABC):
     def __init__(self) -> None:
         self.names = []
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether `assign` needs the text of a document, not only its language, key and tokens."""
+        return False
+
     @abstractmethod
-    def fit(self, documents: Iterable[Document]) -> None:
+    def fit(self, documents: Iterable[Document], tokens: Mapping[str, int] | None = None) -> None:
         """Find the clusters from a sample of the corpus.
+
+        Args:
+            tokens: tokens of each language in the whole corpus, for clusters that are balanced by them; None where unknown.
 
         Raises:
             ClusterError: if the documents cannot be divided as asked.
         """
 
     @abstractmethod
-    def assign(self, documents: Sequence[Document]) -> NDArray[np.int64]:
+    def assign(self, documents: Sequence[Document | TokenDocument]) -> NDArray[np.int64]:
         """Number of the cluster of each document, [documents], an index into `names`.
+
+        Documents without their text will do unless `reads_text`.
 
         Raises:
             ClusterError: if a document belongs to no cluster.

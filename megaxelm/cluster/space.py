@@ -6,6 +6,7 @@ the rows of its terms and nothing is computed again (`start`, `push`, `vector`).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _CHUNK_TERMS = 4_000_000
 _BATCH_TEXTS = 256
+_FEW_ROWS = 3
+"""Rows that are added sooner one by one than gathered first."""
 
 
 @dataclass
@@ -71,6 +74,11 @@ class TfidfSpace:
         """Length of a vector."""
         return int(self.components.shape[0])
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether texts are needed; else token ids do."""
+        return self.analyzer.reads_text
+
     @classmethod
     def fit(cls, texts: Iterable[str], config: TfidfConfig, seed: int, tokenizer: TextEncoder | None = None) -> TfidfSpace:
         """Find terms, their idf and the main directions of `texts`. A `subword` space needs the tokenizer.
@@ -92,20 +100,21 @@ class TfidfSpace:
         from tqdm import tqdm
 
         analyzer = make_analyzer(config.analyzer, tokenizer)
-        symbols: list[NDArray[np.int64]] = []
+        symbols: list[NDArray[np.integer]] = []
         for batch in _batches(tqdm(texts, desc="TF-IDF terms", unit=" documents", file=sys.stderr, mininterval=0.5, leave=False)):
-            symbols += [item.astype(np.int32) for item in analyzer.symbols(batch)]
+            symbols += analyzer.symbols(batch)
         codes = _most_frequent(analyzer, symbols, config.max_features)
         if len(codes) < 2:
             raise ClusterError(f"clusters.tfidf: {len(symbols)} documents hold {len(codes)} terms, too little to fit on; give more text")
-        counts = _count_terms(analyzer, symbols, codes)
-        weighting = TfidfTransformer()
-        weighted = weighting.fit_transform(counts)
-        dimensions = min(config.dimensions, *counts.shape)
+        weighted = _count_terms(analyzer, symbols, codes)
+        del symbols
+        weighting = TfidfTransformer().fit(weighted)
+        weighted = weighting.transform(weighted, copy=False)
+        dimensions = min(config.dimensions, *weighted.shape)
         svd = TruncatedSVD(n_components=dimensions, random_state=seed).fit(weighted)
         fingerprint = getattr(tokenizer, "fingerprint", None) if isinstance(analyzer, SubwordAnalyzer) else None
         space = cls(analyzer, codes, weighting.idf_.astype(np.float32), svd.components_.astype(np.float32), fingerprint)
-        return space, _normalised(np.asarray(counts @ space._rows))
+        return space, _normalised(np.asarray(weighted @ space.components.T.astype(np.float64)))
 
     def transform(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of texts, [texts, dimensions], of length 1, or 0 for a text without a known term.
@@ -116,24 +125,24 @@ class TfidfSpace:
         parts = [self._project(self.analyzer.symbols(batch)) for batch in _batches(texts)]
         return np.concatenate(parts) if parts else np.zeros((0, self.dimensions), dtype=np.float32)
 
-    def transform_tokens(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def transform_tokens(self, token_ids: Sequence[Sequence[int] | NDArray[np.integer]]) -> NDArray[np.float32]:
         """As `transform`, of token ids (without special tokens); for a subword space."""
         if not isinstance(self.analyzer, SubwordAnalyzer):
-            raise ClusterError("tfidf.analyzer = char: this space reads text; use transform")
-        return self._project([np.array(ids, dtype=np.int64) for ids in token_ids])
+            raise ClusterError(f"clusters.tfidf.analyzer = {self.analyzer.name}: this space reads text and not token ids; use transform")
+        return self._project([np.asarray(ids, dtype=np.int64) for ids in token_ids])
 
     def start(self) -> SpaceState:
         """The state of the empty text."""
         return SpaceState(np.zeros(self.dimensions))
 
     def push(self, state: SpaceState, piece: int | Sequence[int] | str) -> None:
-        """Add one token id or several (subword), or newly finished text (char). The cost does not depend on what was before.
+        """Add one token id or several (subword), or newly finished text (char, word). The cost does not depend on what was before, but for
+        a word that has not ended yet.
 
         Raises:
-            TypeError: for text in a subword space or ids in a char space.
+            TypeError: for text in a subword space or ids in one that reads text.
         """
-        for code in self.analyzer.push(state.terms, piece):
-            self._add(state.total, code)
+        self._add(state.total, self.analyzer.push(state.terms, piece))
 
     def vector(self, state: SpaceState) -> NDArray[np.float32]:
         """Vector of the text so far, [dimensions]: that of `transform`; zero before any known term."""
@@ -141,9 +150,10 @@ class TfidfSpace:
         pending = self.analyzer.pending(state.terms)
         if pending:
             total = total.copy()
-            for code in pending:
-                self._add(total, code)
-        return _normalised(total[None])[0]
+            self._add(total, pending)
+        # As `_normalised` of one row, whose cost here would be mostly that of calling numpy.
+        length = math.sqrt(total.dot(total))
+        return (total / length if length > 0 else total).astype(np.float32)
 
     def save(self, folder: Path, name: str = "space") -> None:
         """Write `<name>.json` and `<name>.safetensors`."""
@@ -179,15 +189,18 @@ class TfidfSpace:
             )
         return cls(make_analyzer(settings["analyzer"], tokenizer), arrays["codes"], arrays["idf"], arrays["components"], fingerprint)
 
-    def _project(self, symbols: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+    def _project(self, symbols: Sequence[NDArray[np.integer]]) -> NDArray[np.float32]:
         return _normalised(np.asarray(_count_terms(self.analyzer, symbols, self.codes) @ self._rows))
 
-    def _add(self, total: NDArray[np.float64], code: int) -> None:
+    def _add(self, total: NDArray[np.float64], codes: Sequence[int]) -> None:
         if self._row_of is None:
             self._row_of = {known: row for row, known in enumerate(self.codes.tolist())}
-        row = self._row_of.get(code)
-        if row is not None:
-            total += self._rows[row]
+        rows = [row for code in codes if (row := self._row_of.get(code)) is not None]
+        if len(rows) > _FEW_ROWS:
+            total += self._rows[rows].sum(axis=0)
+        else:
+            for row in rows:
+                total += self._rows[row]
 
 
 def _normalised(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -231,8 +244,8 @@ def _count_terms(analyzer: Analyzer, symbols: Sequence[NDArray[Any]], vocabulary
         columns = np.searchsorted(vocabulary, codes)
         columns[columns == len(vocabulary)] = 0
         known = vocabulary[columns] == codes
-        ones = np.ones(int(known.sum()), dtype=np.float64)
-        # The constructor adds up entries of the same place.
+        ones = np.ones(int(known.sum()), dtype=np.float32)
+        # The constructor adds up entries of the same place. Counts below 2^24 are exact, in half the memory.
         parts.append(csr_matrix((ones, (rows[known], columns[known])), shape=(documents, len(vocabulary))))
     return vstack(parts, format="csr") if parts else csr_matrix((0, len(vocabulary)))
 

@@ -1,102 +1,126 @@
-"""The stage `clusters`: fits the recipe's partitioner on the sample of the corpus, saves it, and reports what came out.
+"""The stage `clusters`: fits the recipe's partitioner on the sample, assigns every document of the corpus, and reports what came out.
 
-Writes `partitioner.json` (and `.safetensors`) and `report.json`: names, languages of each cluster with the documents and bytes
-they have in the sample, merges, and the distances and linkage of the languages for a dendrogram.
+partitioner.json (+ .safetensors)    what `load_partitioner` reads
+assignment/<shard>.npy               the cluster of every document of every token shard
+report.json                          clusters with their languages, merges, distances and linkage of the languages, diagnostics
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import sys
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megaxelm.cluster import uriel
-from megaxelm.cluster.analyzers import TextEncoder
-from megaxelm.cluster.language import LanguagePartitioner
-from megaxelm.cluster.partitioner import Partitioner
-from megaxelm.cluster.tfidf import TfidfPartitioner
-from megaxelm.cluster.typology import TypologyPartitioner, average_linkage
+from megaxelm.cluster.assign import AssignStep, Counts
+from megaxelm.cluster.diagnostics import diagnose
+from megaxelm.cluster.linkage import linkage_tree
+from megaxelm.cluster.make import make_partitioner
+from megaxelm.cluster.partitioner import ARRAYS_FILE, SETTINGS_FILE, Partitioner
+from megaxelm.cluster.space import TfidfSpace
+from megaxelm.cluster.tfidf import TfidfPartitioner, stratified_sample
+from megaxelm.cluster.typology import language_distances
+from megaxelm.corpus.executor import run_units
+from megaxelm.corpus.prepare import load_manifest, read_documents
+from megaxelm.corpus.tokenizer import Tokenizer
+from megaxelm.corpus.tokens import Blocks, load_tokens
 from megaxelm.errors import ClusterError
+from megaxelm.files import hash_file, hash_value, write_json
 from megaxelm.recipe import ClustersConfig, Recipe
 
 if TYPE_CHECKING:
     from megaxelm.corpus.document import Document
 
 REPORT_FILE = "report.json"
-_BATCH_DOCUMENTS = 512
+_REPORT_DOCUMENTS = 4000
+_STABILITY_DOCUMENTS = 20_000
 
 
-def build_clusters(recipe: Recipe, corpus_folder: Path, tokenizer: TextEncoder | None, out: Path) -> None:
-    """Make the clusters of a recipe from `corpus_folder` (`manifest.json`, `sample/<language>.jsonl`) into the existing folder `out`.
-
-    `tokenizer` is used by the TF-IDF partitioner over subwords, and by no other.
+def build_clusters(recipe: Recipe, corpus_folder: Path, tokens_folder: Path, tokenizer_folder: Path, shards: Path, out: Path) -> None:
+    """Make the clusters of a recipe into the existing folder `out`.
 
     Raises:
         ClusterError: if k is larger than the number of languages or documents, a language is empty, unknown or not in URIEL.
     """
-    from megaxelm.corpus.prepare import load_manifest
-
+    tokens = load_tokens(tokens_folder)
     languages = sorted(load_manifest(corpus_folder)["languages"])
-    if not languages:
-        raise ClusterError(f"{corpus_folder}: the corpus has no language; give corpus.train text")
+    tokenizer = Tokenizer.load(tokenizer_folder)
     partitioner = make_partitioner(recipe.clusters, tokenizer)
-    partitioner.fit(document for code in languages for document in _sample(corpus_folder, code))
-    clusters = _count(partitioner, corpus_folder, languages)
-    report = _report(partitioner, recipe.clusters, languages, clusters)
+    partitioner.fit(_sample(corpus_folder, languages), {code: counts["tokens"] for code, counts in tokens["languages"].items()})
     partitioner.save(out)
-    (out / REPORT_FILE).write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    show_report(report)
+    fitted = hash_value([hash_file(out / name) for name in (SETTINGS_FILE, ARRAYS_FILE) if (out / name).exists()])
+    step = AssignStep(
+        Blocks(recipe, corpus_folder, shards),
+        [shards / "tokens" / key for key in tokens["shards"]],
+        tokens["begin"],
+        out,
+        tokenizer_folder,
+        recipe.clusters.partitioner == "tfidf" and recipe.clusters.tfidf.assign == "balanced",
+        shards / "assign" / fitted,
+        shards / "reports" / "assign",
+    )
+    step.store.mkdir(parents=True, exist_ok=True)
+    run_units(step, recipe.executor, "clusters: assigning")
+    counts = step.counts(partitioner.names)
+    os.rename(step.store, out / "assignment")
+    report = _report(partitioner, recipe.clusters, languages, counts)
+    report |= _diagnostics(recipe, partitioner, corpus_folder, languages, tokenizer, counts)
+    write_json(out / REPORT_FILE, report)
 
 
-def make_partitioner(config: ClustersConfig, tokenizer: TextEncoder | None) -> Partitioner:
-    """The partitioner that a recipe asks for, not fitted yet."""
-    if config.partitioner == "language":
-        return LanguagePartitioner(config.k)
-    if config.k is None:
-        raise ClusterError(f"clusters.k is missing: give the number of clusters for the {config.partitioner} partitioner")
-    if config.partitioner == "typology":
-        return TypologyPartitioner(config.k, config.typology.features)
-    return TfidfPartitioner(config.k, config.tfidf, config.seed, tokenizer)
+def _sample(corpus_folder: Path, languages: Sequence[str]) -> Iterator[Document]:
+    for code in languages:
+        path = corpus_folder / "sample" / f"{code}.jsonl"
+        if not path.is_file():
+            raise ClusterError(f"{path}: no such file; make the corpus again: --from corpus")
+        empty = True
+        for document in read_documents(path):
+            empty = False
+            yield document
+        if empty:
+            raise ClusterError(
+                f"language {code!r}: no document in the sample of the corpus; give it text or leave it out (corpus.languages)"
+            )
 
 
-def _sample(corpus_folder: Path, code: str) -> Iterator[Document]:
-    from megaxelm.corpus.prepare import read_documents
-
-    path = corpus_folder / "sample" / f"{code}.jsonl"
-    if not path.is_file():
-        raise ClusterError(f"{path}: no such file; make the corpus again: --from corpus")
-    documents = read_documents(path)
-    first = next(iter(documents), None)
-    if first is None:
-        raise ClusterError(f"language {code!r}: no document in the sample of the corpus; give it text or leave it out (corpus.languages)")
-    yield first
-    yield from documents
-
-
-def _count(partitioner: Partitioner, corpus_folder: Path, languages: Sequence[str]) -> list[dict[str, dict[str, int]]]:
-    """Documents and UTF-8 bytes in the sample, for each cluster by language."""
-    from tqdm import tqdm
-
-    clusters: list[dict[str, dict[str, int]]] = [{} for _ in partitioner.names]
-    documents = (document for code in languages for document in _sample(corpus_folder, code))
-    progress = tqdm(documents, desc="assigning the sample", unit=" documents", file=sys.stderr, mininterval=0.5, leave=False)
-    stream = iter(progress)
-    while batch := list(itertools.islice(stream, _BATCH_DOCUMENTS)):
-        for document, cluster in zip(batch, partitioner.assign(batch), strict=True):
-            counts = clusters[cluster].setdefault(document.language, {"documents": 0, "bytes": 0})
-            counts["documents"] += 1
-            counts["bytes"] += len(document.text.encode("utf-8"))
-    return clusters
-
-
-def _report(
-    partitioner: Partitioner, config: ClustersConfig, languages: Sequence[str], clusters: list[dict[str, dict[str, int]]]
+def _diagnostics(
+    recipe: Recipe, partitioner: Partitioner, corpus_folder: Path, languages: Sequence[str], tokenizer: Tokenizer, counts: Counts
 ) -> dict[str, Any]:
+    """What the page shows of a part of the sample, and how stable the clusters are under other seeds."""
+    config = recipe.clusters
+    sample = stratified_sample(_sample(corpus_folder, languages), _REPORT_DOCUMENTS, config.seed)
+    vectors: NDArray[np.float32] | None
+    refit: Callable[[int], NDArray[np.int64]] | None = None
+    if isinstance(partitioner, TfidfPartitioner):
+        vectors = partitioner.vectors(sample)
+
+        def refit(seed: int) -> NDArray[np.int64]:
+            tfidf = config.tfidf.model_copy(update={"sample_documents": min(config.tfidf.sample_documents, _STABILITY_DOCUMENTS)})
+            other = make_partitioner(config.model_copy(update={"seed": seed, "tfidf": tfidf}), tokenizer)
+            other.fit(_sample(corpus_folder, languages))
+            return other.assign(sample)
+
+    else:
+        try:
+            vectors = TfidfSpace.fit_transform([document.text for document in sample], config.tfidf, config.seed, tokenizer)[1]
+        except ClusterError:
+            vectors = None  # too little text for a picture, which the page says
+    return diagnose(
+        partitioner,
+        sample,
+        partitioner.assign(sample),
+        counts,
+        vectors=vectors,
+        domain_field=recipe.corpus.fields.domain,
+        refit=refit,
+        seed=config.seed,
+    )
+
+
+def _report(partitioner: Partitioner, config: ClustersConfig, languages: Sequence[str], counts: Counts) -> dict[str, Any]:
     described = partitioner.describe()
     merges = described.pop("merges", [])
     groups = partitioner.languages() or {}
@@ -109,8 +133,7 @@ def _report(
         "names": partitioner.names,
         "method": described["method"],
         "clusters": [
-            {"name": name, "languages": dict(sorted(counts.items())), "forced": name in forced}
-            for name, counts in zip(partitioner.names, clusters, strict=True)
+            {"name": name, "languages": dict(sorted(counts[name].items())), "forced": name in forced} for name in partitioner.names
         ],
         "languages": list(languages),
         "language_distances": None,
@@ -120,17 +143,15 @@ def _report(
     }
     notes = partitioner.notes()
     try:
-        distances = uriel.distances(languages, config.typology.features)
+        distances = language_distances(languages, config.typology)
     except ClusterError as error:
         # Other partitioners do without URIEL; the report then has no dendrogram and says why.
         report["language_distances_reason"] = str(error)
         notes.append(f"no dendrogram of the languages: {error}")
     else:
         report["language_distances"] = np.round(distances, 6).tolist()
-        report["linkage"] = np.round(average_linkage(distances), 6).tolist()
-    for name, counts in zip(partitioner.names, clusters, strict=True):
-        if not counts:
-            notes.append(f"cluster {name}: no document of the sample is nearest to it; a smaller clusters.k may fit better")
+        report["linkage"] = np.round(linkage_tree(distances, config.typology.linkage), 6).tolist()
+    notes += [f"cluster {name} got no document; a smaller clusters.k may fit better" for name in partitioner.names if not counts[name]]
     report["notes"] = notes
     return report
 
@@ -143,9 +164,10 @@ def show_report(report: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=f"{report['k']} clusters, {report['partitioner']} ({report['method']})", title_justify="left")
     table.add_column("cluster")
-    table.add_column("languages, by documents in the sample")
+    table.add_column("languages, by documents")
     table.add_column("documents", justify="right")
     table.add_column("MB", justify="right")
+    table.add_column("tokens", justify="right")
     for cluster in report["clusters"]:
         counts = cluster["languages"]
         total = sum(count["documents"] for count in counts.values())
@@ -154,8 +176,8 @@ def show_report(report: dict[str, Any]) -> None:
         shown = [code for code in largest if counts[code]["documents"] >= 0.01 * total][:8]
         shares = ", ".join(code if len(counts) == 1 else f"{code} {counts[code]['documents'] / total:.0%}" for code in shown)
         more = f", {len(largest) - len(shown)} more" if len(largest) > len(shown) else ""
-        size = sum(count["bytes"] for count in counts.values()) / 1e6
-        table.add_row(cluster["name"], shares + more, f"{total:,}", f"{size:.2f}")
+        size, tokens = (sum(count[unit] for count in counts.values()) for unit in ("bytes", "tokens"))
+        table.add_row(cluster["name"], shares + more, f"{total:,}", f"{size / 1e6:.2f}", f"{tokens:,}")
     console.print(table)
     for note in report["notes"]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaxelm.cluster.analyzers import TextEncoder
-from megaxelm.cluster.kmeans import balanced_kmeans, squared_distances
+from megaxelm.cluster.analyzers import TextEncoder, reads_text
+from megaxelm.cluster.kmeans import balanced_assignment, balanced_kmeans, squared_distances
+from megaxelm.cluster.language_sets import numbered_names
 from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.cluster.space import TfidfSpace
 from megaxelm.cluster.state import entry
+from megaxelm.corpus.document import Document, TokenDocument
 from megaxelm.errors import ClusterError
 from megaxelm.recipe import TfidfConfig
 
-if TYPE_CHECKING:
-    from megaxelm.corpus.document import Document
+_BATCH_DOCUMENTS = 256
 
 
 class TfidfPartitioner(Partitioner):
     """Clusters of documents, named `c00`, `c01`, ...
 
-    Fitted on a sample with clusters of equal size; afterwards every document goes to the nearest centre, without balancing.
+    Fitted on a sample with clusters of equal size, in documents or tokens. Afterwards every document goes to its nearest centre, without
+    balancing (paper), or is divided with the other documents of its block so that the block's clusters are balanced too.
     """
 
     kind: ClassVar[str] = "tfidf"
 
     def __init__(self, k: int, config: TfidfConfig, seed: int, tokenizer: TextEncoder | None = None) -> None:
+        """The tokenizer is needed for texts where terms are subwords, or clusters are balanced by tokens."""
         super().__init__()
         self.k = k
         self.config = config
@@ -39,6 +43,11 @@ class TfidfPartitioner(Partitioner):
         """Documents the space was fitted on, by language."""
         self._space: TfidfSpace | None = None
         self._centres: NDArray[np.float32] | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the terms are made of text; subwords are not."""
+        return reads_text(self.config.analyzer)
 
     @property
     def space(self) -> TfidfSpace:
@@ -54,11 +63,14 @@ class TfidfPartitioner(Partitioner):
             raise ClusterError("tfidf partitioner: not fitted yet; call fit or load_partitioner")
         return self._centres
 
-    def fit(self, documents: Iterable[Document]) -> None:
+    def fit(self, documents: Iterable[Document], tokens: Mapping[str, int] | None = None) -> None:
         """Fit space and centres on a sample with equal shares of the languages, as far as each has documents.
 
+        `tokens` has no part in it: `balance: tokens` goes by the tokens of the sampled documents.
+
         Raises:
-            ClusterError: if k is larger than the number of documents in the sample, or there is too little text.
+            ClusterError: if k is larger than the number of documents in the sample, there is too little text, or a tokenizer is needed and
+                not there.
         """
         sample = stratified_sample(documents, self.config.sample_documents, self.seed)
         if self.k > len(sample):
@@ -66,40 +78,97 @@ class TfidfPartitioner(Partitioner):
                 f"clusters.k = {self.k}: more than the {len(sample)} documents to fit on; choose at most {len(sample)}, give more text, "
                 f"or raise clusters.tfidf.sample_documents = {self.config.sample_documents} and corpus.sample_bytes"
             )
-        languages = sorted({document.language for document in sample})
-        self.fitted_on = {code: sum(document.language == code for document in sample) for code in languages}
+        self.fitted_on = dict(sorted(Counter(document.language for document in sample).items()))
         texts = [document.text for document in sample]
         self._space, vectors = TfidfSpace.fit_transform(texts, self.config, self.seed, self.tokenizer)
-        self._centres, _ = balanced_kmeans(vectors, self.k, self.seed, self.config.iterations)
-        self.names = [f"c{number:0{max(2, len(str(self.k - 1)))}d}" for number in range(self.k)]
+        self._centres, _ = balanced_kmeans(
+            vectors,
+            self.k,
+            self.seed,
+            self.config.iterations,
+            weights=self._weights(sample),
+            tolerance=self.config.tolerance,
+            starts=self.config.starts,
+        )
+        self.names = numbered_names(self.k)
 
-    def assign(self, documents: Sequence[Document]) -> NDArray[np.int64]:
-        """Number of the nearest centre of each document, [documents]."""
-        vectors = self.space.transform([document.text for document in documents])
-        return squared_distances(vectors, self.centres).argmin(axis=1).astype(np.int64)
+    def assign(self, documents: Sequence[Document | TokenDocument]) -> NDArray[np.int64]:
+        """Number of the cluster of each document, [documents]; with `assign: balanced` the documents of one call are one block.
+
+        A document without a known term has the zero vector. Its nearest centre is the shortest one, that of the cluster whose documents
+        are least alike; the first among equals.
+
+        Raises:
+            ClusterError: for tokens without text where terms are made of text, or a text where the tokenizer is needed and not there.
+        """
+        if not documents:
+            return np.zeros(0, dtype=np.int64)
+        costs = squared_distances(self.vectors(documents), self.centres)
+        if self.config.assign == "nearest":
+            return costs.argmin(axis=1).astype(np.int64)
+        return balanced_assignment(costs, weights=self._weights(documents), tolerance=self.config.tolerance)[0]
+
+    def vectors(self, documents: Sequence[Document | TokenDocument]) -> NDArray[np.float32]:
+        """Vectors of documents in `space`, [documents, dimensions]: of length 1, or 0 for a document without a known term."""
+        found = np.zeros((len(documents), self.space.dimensions), dtype=np.float32)
+        tokens = {number: document.tokens for number, document in enumerate(documents) if isinstance(document, TokenDocument)}
+        texts = {number: document.text for number, document in enumerate(documents) if isinstance(document, Document)}
+        if tokens:
+            found[list(tokens)] = self.space.transform_tokens(list(tokens.values()))
+        if texts:
+            found[list(texts)] = self.space.transform(list(texts.values()))
+        return found
+
+    def _weights(self, documents: Sequence[Document | TokenDocument]) -> NDArray[np.float64] | None:
+        """Tokens of each document, at least 1, [documents]; None where documents count alike."""
+        if self.config.balance == "documents":
+            return None
+        if self.tokenizer is None and any(isinstance(document, Document) for document in documents):
+            raise ClusterError("clusters.tfidf.balance = tokens: texts need the run's tokenizer to be counted; pass it to load_partitioner")
+        counts = np.zeros(len(documents))
+        for start in range(0, len(documents), _BATCH_DOCUMENTS):
+            batch = documents[start : start + _BATCH_DOCUMENTS]
+            texts = [document.text for document in batch if isinstance(document, Document)]
+            encoded = iter(self.tokenizer.encode(texts) if self.tokenizer and texts else ())
+            for number, document in enumerate(batch, start):
+                counts[number] = len(document.tokens if isinstance(document, TokenDocument) else next(encoded))
+        return np.maximum(counts, 1.0)
 
     def languages(self) -> dict[str, list[str]] | None:
         """None: a document's language does not decide."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Method, analyzer, size of the space and of the sample it was fitted on."""
+        """Method, analyzer, what is balanced, size of the space and of the sample it was fitted on."""
         return {
             "method": "tfidf",
             "analyzer": self.config.analyzer,
+            "balance": self.config.balance,
+            "assign": self.config.assign,
             "dimensions": self.space.dimensions,
             "terms": len(self.space.codes),
             "fitted_on": self.fitted_on,
         }
 
     def notes(self) -> list[str]:
-        """Says where the space has fewer dimensions than asked for."""
-        if self.space.dimensions == self.config.dimensions:
-            return []
-        return [
-            f"clusters.tfidf.dimensions = {self.config.dimensions}: the sample of {sum(self.fitted_on.values())} documents with "
-            f"{len(self.space.codes)} terms gives {self.space.dimensions}, which is used"
-        ]
+        """Says where the space has fewer dimensions than asked for, and what balancing by blocks and the word pattern bring with them."""
+        found = []
+        if self.space.dimensions != self.config.dimensions:
+            found.append(
+                f"clusters.tfidf.dimensions = {self.config.dimensions}: the sample of {sum(self.fitted_on.values())} documents with "
+                f"{len(self.space.codes)} terms gives {self.space.dimensions}, which is used"
+            )
+        if self.config.assign == "balanced":
+            found.append(
+                "clusters.tfidf.assign = balanced: every block of the corpus is divided equally, so a file of one language or topic is "
+                "spread over all clusters; it suits files whose documents are mixed"
+            )
+        if self.config.analyzer == "word":
+            found.append(
+                "clusters.tfidf.analyzer = word: the published pattern cuts scripts with vowel signs (Hindi, Thai) to pieces and takes a "
+                "clause of Chinese or Japanese for one word; subword and char do not"
+            )
+        return found
 
     def _state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         settings, arrays = self.space.state()

@@ -1,14 +1,9 @@
-"""Languages grouped by typological relatedness (paper, section 3.1), and the donors of languages that no expert knows.
-
-The published merging goes in rounds of greedy pairing, so it gives k = n / 2^r only; for other k, true agglomerative
-clustering with average linkage is used, and `describe()` and `notes()` say so.
-"""
+"""Languages grouped by typological relatedness (paper, section 3.1), and the donors of languages that no expert knows."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,137 +11,54 @@ from numpy.typing import NDArray
 
 from megaxelm.cluster import uriel
 from megaxelm.cluster.analyzers import TextEncoder
+from megaxelm.cluster.distance_table import read_distances
 from megaxelm.cluster.language_sets import assign_by_language, language_groups, languages_of, unique_names
+from megaxelm.cluster.linkage import Balance, Merge, agglomerate_languages, halvings, median_distance, pair_languages
 from megaxelm.cluster.partitioner import Partitioner
 from megaxelm.cluster.state import entry
 from megaxelm.errors import ClusterError
+from megaxelm.recipe import TypologyConfig
 
 if TYPE_CHECKING:
-    from megaxelm.corpus.document import Document
+    from megaxelm.corpus.document import Document, TokenDocument
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Two clusters that became one."""
-
-    left: list[str]
-    """Languages of the one."""
-    right: list[str]
-    """Languages of the other."""
-    distance: float
-    """Smallest distance over the member pairs (paired), or the mean over them (agglomerative)."""
-    round: int
-    """Round of pairing, from 1; 0 for agglomerative merges."""
-    forced: bool
-    """A left-over pair: see `is_forced`."""
-
-
-def is_forced(distance: float, left: Sequence[int], right: Sequence[int], distances: NDArray[np.float64]) -> bool:
-    """Whether a merge joins clusters that nothing but the wanted number of clusters puts together.
-
-    Two conditions: its `distance` is above the median over all pairs of languages, so the two are no closer than languages drawn at
-    random; and no language of one has its nearest neighbour among all languages in the other. `left` and `right` are rows of
-    `distances` [languages, languages]. For the 16 published languages at k = 8 this holds for tr-zh and sw-vi alone.
-    """
-    languages = len(distances)
-    if distance <= np.median(distances[np.triu_indices(languages, 1)]):
-        return False
-    others = np.where(np.eye(languages, dtype=bool), np.inf, distances)
-    nearest = others.min(axis=1)
-    between = distances[np.ix_(left, right)]
-    return not bool((between <= nearest[left][:, None]).any() or (between <= nearest[right][None, :]).any())
-
-
-def pair_languages(languages: Sequence[str], distances: NDArray[np.float64], k: int) -> tuple[list[list[str]], list[Merge]]:
-    """The published rounds: sort all pairs of clusters by their smallest member distance, merge the closest two, set them aside, and
-    so on until all are paired; then the next round, until k clusters are left.
+def language_distances(languages: Sequence[str], config: TypologyConfig) -> NDArray[np.float64]:
+    """Distances of languages as the recipe wants them, [languages, languages]: the user's own, else by URIEL features.
 
     Raises:
-        ClusterError: if no number of rounds leads from the number of languages to k.
+        ClusterError: as `read_distances` and `uriel.distances`.
     """
-    if k not in halvings(len(languages)):
-        reached = ", ".join(str(count) for count in halvings(len(languages)))
-        raise ClusterError(f"clusters.k = {k}: rounds of pairing lead from {len(languages)} languages to {reached} only")
-    clusters = [[index] for index in range(len(languages))]
-    merges: list[Merge] = []
-    rounds = 0
-    while len(clusters) > k:
-        rounds += 1
-        pairs = sorted(
-            (float(distances[np.ix_(clusters[a], clusters[b])].min()), a, b) for a, b in itertools.combinations(range(len(clusters)), 2)
-        )
-        paired: set[int] = set()
-        merged: list[list[int]] = []
-        for distance, a, b in pairs:
-            if a in paired or b in paired:
-                continue
-            paired |= {a, b}
-            merged.append(clusters[a] + clusters[b])
-            merges.append(_merge(languages, clusters[a], clusters[b], distance, rounds, distances))
-        clusters = merged
-    return [[languages[index] for index in cluster] for cluster in clusters], merges
+    if config.distances is not None:
+        return read_distances(config.distances, languages)
+    return uriel.distances(languages, config.features)
 
 
-def agglomerate_languages(languages: Sequence[str], distances: NDArray[np.float64], k: int) -> tuple[list[list[str]], list[Merge]]:
-    """Agglomerative clustering with average linkage, cut where exactly k clusters are left.
-
-    Raises:
-        ClusterError: if k is not in 1..number of languages.
-    """
-    if not 1 <= k <= len(languages):
-        raise ClusterError(f"clusters.k = {k}: there are {len(languages)} languages; choose 1 to {len(languages)}")
-    clusters = {index: [index] for index in range(len(languages))}
-    merges: list[Merge] = []
-    for step, (a, b, height, _) in enumerate(average_linkage(distances)[: len(languages) - k]):
-        left, right = clusters.pop(int(a)), clusters.pop(int(b))
-        merges.append(_merge(languages, left, right, float(height), 0, distances))
-        clusters[len(languages) + step] = left + right
-    return [[languages[index] for index in cluster] for cluster in clusters.values()], merges
-
-
-def halvings(count: int) -> list[int]:
-    """Numbers of clusters that rounds of pairing reach from `count`: 16 -> 16, 8, 4, 2, 1; 6 -> 6, 3."""
-    reached = [count]
-    while reached[-1] > 1 and reached[-1] % 2 == 0:
-        reached.append(reached[-1] // 2)
-    return reached
-
-
-def average_linkage(distances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """scipy's linkage rows [n - 1, 4] of a square distance matrix; no rows for one language."""
-    from scipy.cluster.hierarchy import linkage
-    from scipy.spatial.distance import squareform
-
-    if len(distances) < 2:
-        return np.zeros((0, 4))
-    return np.asarray(linkage(squareform(distances, checks=False), method="average"), dtype=np.float64)
-
-
-def language_linkage(languages: Sequence[str], features: str = "syntax_average") -> NDArray[np.float64]:
-    """Average linkage of the languages for `scipy.cluster.hierarchy.dendrogram`, [languages - 1, 4].
-
-    Raises:
-        ClusterError: as `uriel.distances`.
-    """
-    return average_linkage(uriel.distances(languages, features))
-
-
-def donors(unseen: Sequence[str], known: Sequence[str], features: str = "syntax_average") -> list[tuple[str, list[tuple[str, float]]]]:
+def donors(unseen: Sequence[str], known: Sequence[str], config: TypologyConfig | None = None) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each unseen language the known ones with their distance, nearest first: the first one's expert is the donor.
 
-    Distances are taken over all these languages together, since features that are constant over them are dropped.
+    Distances are taken over the one unseen language and the known ones, since features that are constant over the languages at hand
+    are dropped: what else is asked for does not change an answer.
 
     Raises:
-        ClusterError: if a list is empty, a language is in both, or as `uriel.distances`.
+        ClusterError: if a list is empty or names a language twice, a language is in both, or as `language_distances`.
     """
-    if not known:
-        raise ClusterError("donors: no known language given; the languages of the existing experts are needed")
+    config = config or TypologyConfig()
+    for name, codes in (("unseen", unseen), ("known", known)):
+        if not codes:
+            raise ClusterError(f"donors: no {name} language given; give languages without an expert, and those that have one")
+        twice = sorted({code for code in codes if codes.count(code) > 1})
+        if twice:
+            raise ClusterError(f"donors: {', '.join(twice)} given twice as {name}; name each language once")
     both = sorted(set(unseen) & set(known))
     if both:
         raise ClusterError(f"donors: {', '.join(both)} given both as unseen and as known; a language that has an expert needs no donor")
-    table = uriel.distances([*unseen, *known], features)[: len(unseen), len(unseen) :]
-    ranked = [sorted(zip(known, (float(value) for value in row), strict=True), key=lambda pair: (pair[1], pair[0])) for row in table]
-    return list(zip(unseen, ranked, strict=True))
+    found = []
+    for code in unseen:
+        row = language_distances([code, *known], config)[0, 1:]
+        ranked = zip(known, (float(value) for value in row), strict=True)
+        found.append((code, sorted(ranked, key=lambda pair: (pair[1], pair[0]))))
+    return found
 
 
 class TypologyPartitioner(Partitioner):
@@ -154,21 +66,25 @@ class TypologyPartitioner(Partitioner):
 
     kind: ClassVar[str] = "typology"
 
-    def __init__(self, k: int, features: str = "syntax_average") -> None:
+    def __init__(self, k: int, config: TypologyConfig | None = None) -> None:
         super().__init__()
         self.k = k
-        self.features = features
+        self.config = config or TypologyConfig()
         self.groups: dict[str, list[str]] = {}
         self.method = ""
+        """`paired` or `agglomerative`: what `config.method` came to."""
         self.merges: list[Merge] = []
         self.median_distance = 0.0
         """Median distance over all pairs of languages."""
+        self.tokens: dict[str, int] = {}
+        """Tokens of each cluster in the whole corpus, where they are balanced."""
 
-    def fit(self, documents: Iterable[Document]) -> None:
+    def fit(self, documents: Iterable[Document], tokens: Mapping[str, int] | None = None) -> None:
         """Group the languages that occur.
 
         Raises:
-            ClusterError: if k is larger than the number of languages, or URIEL lacks one of them.
+            ClusterError: if k is larger than the number of languages, the method cannot give k or the balance, tokens are to be balanced
+                but not known, or as `language_distances`.
         """
         codes = languages_of(documents)
         if self.k > len(codes):
@@ -176,16 +92,23 @@ class TypologyPartitioner(Partitioner):
                 f"clusters.k = {self.k}: more than the {len(codes)} languages of the corpus ({', '.join(codes)}); choose 1 to "
                 f"{len(codes)}, or clusters.partitioner: tfidf, which also divides languages"
             )
-        distances = uriel.distances(codes, self.features)
-        self.median_distance = float(np.median(distances[np.triu_indices(len(codes), 1)])) if len(codes) > 1 else 0.0
-        self.method = "paired" if self.k in halvings(len(codes)) else "agglomerative"
-        merge = pair_languages if self.method == "paired" else agglomerate_languages
-        groups, self.merges = merge(codes, distances, self.k)
+        balance = self._balance(codes, tokens)
+        distances = language_distances(codes, self.config)
+        self.median_distance = median_distance(distances)
+        self.method = self.config.method
+        if self.method == "auto":
+            self.method = "paired" if self.k in halvings(len(codes)) and balance is None else "agglomerative"
+        if self.method == "paired":
+            groups, self.merges = pair_languages(codes, distances, self.k)
+        else:
+            groups, self.merges = agglomerate_languages(codes, distances, self.k, self.config.linkage, balance)
         groups = sorted(sorted(group) for group in groups)
         self.names = unique_names(groups)
         self.groups = dict(zip(self.names, groups, strict=True))
+        of_language = dict(zip(codes, balance.tokens, strict=True)) if balance else {}
+        self.tokens = {name: sum(of_language[code] for code in group) for name, group in self.groups.items()} if balance else {}
 
-    def assign(self, documents: Sequence[Document]) -> NDArray[np.int64]:
+    def assign(self, documents: Sequence[Document | TokenDocument]) -> NDArray[np.int64]:
         """Number of the cluster that holds each document's language, [documents]."""
         return assign_by_language(documents, self.groups)
 
@@ -194,45 +117,100 @@ class TypologyPartitioner(Partitioner):
         return self.groups
 
     def describe(self) -> dict[str, Any]:
-        """Method, feature set, and every merge with its distance and whether it was forced."""
-        merges = [asdict(merge) for merge in self.merges]
-        return {"method": self.method, "features": self.features, "median_distance": self.median_distance, "merges": merges}
+        """Method, linkage (agglomerative), what the distances are of, every merge with its distance and whether it was forced, and the
+        tokens of each cluster where they are balanced."""
+        found: dict[str, Any] = {"method": self.method}
+        if self.method == "agglomerative":
+            found["linkage"] = self.config.linkage
+        found |= {"distances": self.config.distances} if self.config.distances else {"features": self.config.features}
+        found |= {"median_distance": self.median_distance, "merges": [asdict(merge) for merge in self.merges]}
+        return found | ({"tokens": self.tokens, "tokens_bound": self._bound(sum(self.tokens.values()))} if self.tokens else {})
 
     def notes(self) -> list[str]:
-        """Says that merging was agglomerative, where it was, and names the left-over pairs."""
-        found = []
-        if self.method == "agglomerative":
-            count = sum(len(group) for group in self.groups.values())
-            reached = ", ".join(str(k) for k in halvings(count))
-            found.append(
-                f"clusters.k = {self.k} of {count} languages: rounds of pairing give k = {reached} only, so the clusters are made by "
-                "agglomerative clustering with average linkage"
+        """Says what `auto` chose in place of pairing, what had no part in the clusters, which of them are beyond the bound on tokens, and
+        names the left-over pairs."""
+        return [*self._notes_on_method(), *self._notes_on_balance(), *(self._note_on(merge) for merge in self.merges if merge.forced)]
+
+    def _balance(self, codes: Sequence[str], tokens: Mapping[str, int] | None) -> Balance | None:
+        if self.config.balance == "none":
+            return None
+        if self.config.method == "paired":
+            raise ClusterError(
+                "clusters.typology.method = paired with balance = tokens: rounds of pairing cannot be balanced; choose method: "
+                "agglomerative (or auto), or balance: none"
             )
-        for merge in self.merges:
-            if merge.forced:
-                single = len(merge.left) == len(merge.right) == 1
-                sides = [" + ".join(sorted(side)) for side in (merge.left, merge.right)]
-                found.append(
-                    f"{sides[0]} and {sides[1]} are {'a left-over pair' if single else 'left over'}, not relatives: distance "
-                    f"{merge.distance:.3f}, while half of all pairs of these languages are within {self.median_distance:.3f}"
-                )
-        return found
+        unknown = [code for code in codes if code not in (tokens or {})]
+        if tokens is None or unknown:
+            raise ClusterError(
+                f"clusters.typology.balance = tokens: the number of tokens is not known of {', '.join(unknown)}; fit with the tokens of "
+                "every language of the corpus, or choose balance: none"
+            )
+        counts = [tokens[code] for code in codes]
+        return Balance(counts, self._bound(sum(counts)))
+
+    def _bound(self, total: int) -> float:
+        return (1 + self.config.tolerance) * total / self.k
+
+    def _notes_on_method(self) -> list[str]:
+        if self.method == "paired":
+            if self.config.linkage == "average":
+                return []
+            return [
+                f"clusters.typology.linkage = {self.config.linkage} has no part in these clusters: rounds of pairing reach k = {self.k}; "
+                "method: agglomerative uses it"
+            ]
+        if self.config.method != "auto" or not self.merges:
+            return []
+        count = sum(len(group) for group in self.groups.values())
+        reached = ", ".join(str(k) for k in halvings(count))
+        why = (
+            "rounds of pairing cannot be balanced by tokens" if self.k in halvings(count) else f"rounds of pairing give k = {reached} only"
+        )
+        return [
+            f"clusters.k = {self.k} of {count} languages: {why}, so the clusters are made by agglomerative clustering with "
+            f"{self.config.linkage} linkage"
+        ]
+
+    def _notes_on_balance(self) -> list[str]:
+        bound = self._bound(sum(self.tokens.values()))
+        return [
+            f"cluster {name}: {tokens:,} tokens, {tokens / bound - 1:.0%} beyond the bound of {bound:,.0f} (clusters.typology.tolerance = "
+            f"{self.config.tolerance:g}): no two clusters were within it together when it was made; a larger tolerance or another k may "
+            "do better"
+            for name, tokens in self.tokens.items()
+            if tokens > bound and len(self.groups[name]) > 1
+        ]
+
+    def _note_on(self, merge: Merge) -> str:
+        single = len(merge.left) == len(merge.right) == 1
+        sides = [" + ".join(sorted(side)) for side in (merge.left, merge.right)]
+        return (
+            f"{sides[0]} and {sides[1]} are {'a left-over pair' if single else 'left over'}, not relatives: distance "
+            f"{merge.distance:.3f}, while half of all pairs of these languages are within {self.median_distance:.3f}"
+        )
 
     def _state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        return {"k": self.k, "languages": self.groups, **self.describe()}, {}
+        state = {
+            "k": self.k,
+            "config": self.config.model_dump(),
+            "languages": self.groups,
+            "method": self.method,
+            "median_distance": self.median_distance,
+            "merges": [asdict(merge) for merge in self.merges],
+            "tokens": self.tokens,
+        }
+        return state, {}
 
     @classmethod
     def _from_state(cls, settings: dict[str, Any], arrays: dict[str, NDArray[Any]], tokenizer: TextEncoder | None) -> TypologyPartitioner:
-        partitioner = cls(entry(settings, "k", int), entry(settings, "features", str))
+        partitioner = cls(entry(settings, "k", int), TypologyConfig.model_validate(entry(settings, "config", dict)))
         partitioner.groups = language_groups(settings)
         partitioner.method = entry(settings, "method", str)
+        if partitioner.method not in ("paired", "agglomerative"):
+            raise ValueError(f"method = {partitioner.method!r} is neither paired nor agglomerative")
         partitioner.median_distance = float(entry(settings, "median_distance", float, int))
         partitioner.merges = [Merge(**merge) for merge in entry(settings, "merges", list)]
+        partitioner.tokens = {str(name): int(count) for name, count in entry(settings, "tokens", dict).items()}
+        if partitioner.tokens and list(partitioner.tokens) != list(partitioner.groups):
+            raise ValueError("tokens and languages do not agree")
         return partitioner
-
-
-def _merge(
-    languages: Sequence[str], left: list[int], right: list[int], distance: float, rounds: int, distances: NDArray[np.float64]
-) -> Merge:
-    names = [[languages[index] for index in side] for side in (left, right)]
-    return Merge(names[0], names[1], distance, rounds, is_forced(distance, left, right, distances))

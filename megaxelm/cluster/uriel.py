@@ -37,7 +37,9 @@ ISO_639_3 = dict(pair.split(":") for pair in _THREE_LETTERS.split())
 """Two-letter language codes to three-letter ones."""
 
 _PREFIXES = {"syntax": "S_", "phonology": "P_", "inventory": "INV_"}
-_FILES = {"average": "feature_averages.npz", "knn": "feature_predictions.npz"}
+_FILES = {"average": "feature_averages.npz", "knn": "feature_predictions.npz", "fam": "family_features.npz", "geo": "geocoord_features.npz"}
+_WHOLE = ("fam", "geo")
+"""Sets that are a file of their own: families that a language belongs to, and its distance from places on the globe."""
 
 
 def iso_639_3(code: str) -> str:
@@ -63,20 +65,21 @@ def iso_639_3(code: str) -> str:
 def feature_values(languages: Sequence[str], features: str = "syntax_average") -> NDArray[np.float64]:
     """URIEL values, [languages, features], 0..1, with NaN where a value is missing.
 
-    `features` is named as in lang2vec: `syntax`, `phonology` or `inventory`, `_`, then `average`, `knn` or a source (`wals`).
+    `features` is named as in lang2vec: `syntax`, `phonology` or `inventory`, `_`, then `average`, `knn` or a source (`wals`); or `fam`,
+    the families that a language belongs to, or `geo`, where it is spoken.
 
     Raises:
         ClusterError: for an unknown set or language, a language without any value, or where lang2vec is not installed.
     """
     group, _, source = features.partition("_")
     three = [iso_639_3(code) for code in languages]
-    if group not in _PREFIXES or not source:
+    if features not in _WHOLE and (group not in _PREFIXES or not source or source in _WHOLE):
         raise ClusterError(
             f"clusters.typology.features = {features!r}: unknown; a set is named {', '.join(_PREFIXES)} + _ + average, knn or a source, "
-            "e.g. syntax_average"
+            f"e.g. syntax_average, or is {' or '.join(_WHOLE)}"
         )
-    data, rows, names = _table(source)
-    columns = [index for index, name in enumerate(names) if name.startswith(_PREFIXES[group])]
+    data, rows, names = _table(features if features in _WHOLE else source)
+    columns = [index for index, name in enumerate(names) if name.startswith(_PREFIXES.get(group, ""))]
     values = data[np.ix_([rows[code] for code in three], columns)].astype(np.float64)
     values[values < 0] = np.nan
     empty = [code for code, row in zip(languages, values, strict=True) if np.isnan(row).all()]
@@ -131,9 +134,8 @@ def _table(source: str) -> tuple[NDArray[np.floating], dict[str, int], list[str]
             else:
                 wanted = "ethno" if source == "ethnologue" else source.lower()
                 if wanted not in sources:
-                    raise ClusterError(
-                        f"clusters.typology.features: unknown source {source!r}; URIEL has average, knn, {', '.join(sorted(sources))}"
-                    )
+                    known = ", ".join(sorted("ethnologue" if name == "ethno" else name for name in sources))
+                    raise ClusterError(f"clusters.typology.features: unknown source {source!r}; URIEL has average, knn, {known}")
                 layer = sources.index(wanted)
             data = np.ascontiguousarray(arrays["data"][:, :, layer])
     except FileNotFoundError:

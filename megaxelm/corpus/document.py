@@ -1,4 +1,4 @@
-"""The unit of text, and the key by which equal texts are recognised."""
+"""The unit of text, as text or as tokens, and the key by which equal texts are recognised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,22 @@ class Document:
     def num_bytes(self) -> int:
         """Length of the text in UTF-8 bytes."""
         return len(self.text.encode("utf-8"))
+
+    @property
+    def key(self) -> int:
+        """`text_key` of the text."""
+        return text_key(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDocument:
+    """A document of which only the tokens are at hand: what a partitioner that does not read text assigns."""
+
+    language: str
+    key: int
+    """`text_key` of the text."""
+    tokens: NDArray[np.integer]
+    """Token ids without special tokens, [tokens]."""
 
 
 def text_key(text: str) -> int:

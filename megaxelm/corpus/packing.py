@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megaxelm.corpus.sampling import Window
+from megaxelm.corpus.sampling import Windows
 
 IGNORED = -100
 
@@ -38,32 +37,31 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def pack(windows: Sequence[Window], document_mask: bool) -> PackedBatch:
-    """Lay windows of equal length T one behind the other: N = len(windows) * T.
+def pack(windows: Windows, document_mask: bool) -> PackedBatch:
+    """Lay windows of length T one behind the other: N = windows * T.
 
     With `document_mask` every start of a document begins a segment with positions from 0, and the label that would cross from
     one document into the next is ignored. Without it a segment is a window.
     """
-    assert windows and len({len(window.tokens) for window in windows}) == 1
-    length = len(windows[0].tokens) - 1
-    tokens = np.concatenate([window.tokens[:-1] for window in windows])
-    labels = np.concatenate([window.tokens[1:] for window in windows])
-    borders = [np.arange(len(windows) + 1) * length]
+    count, length = windows.tokens.shape[0], windows.tokens.shape[1] - 1
+    tokens = windows.tokens[:, :-1].flatten()
+    labels = windows.tokens[:, 1:].flatten()
+    borders = np.arange(count + 1) * length
     if document_mask:
-        for i, window in enumerate(windows):
-            inner = window.starts[window.starts > 0]
-            labels[i * length + inner - 1] = IGNORED
-            borders.append(i * length + inner[inner < length])
-    cu_seqlens = np.unique(np.concatenate(borders))
-    sizes = np.diff(cu_seqlens)
-    positions = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], sizes)
+        inner = windows.start_columns > 0
+        places = windows.start_rows[inner] * length + windows.start_columns[inner]
+        labels[places - 1] = IGNORED
+        # one that begins with the last token of a window, a target alone, adds the border between two windows once more
+        borders = np.unique(np.concatenate([borders, places]))
+    sizes = np.diff(borders)
+    positions = np.arange(len(tokens)) - np.repeat(borders[:-1], sizes)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        sample_ids=torch.from_numpy(np.repeat([window.sample for window in windows], length)),
+        cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+        sample_ids=torch.from_numpy(np.repeat(windows.samples, length)),
         num_targets=int((labels != IGNORED).sum()),
         max_seqlen=int(sizes.max()),
-        languages=tuple(window.language for window in windows),
+        languages=windows.languages,
     )

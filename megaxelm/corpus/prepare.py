@@ -1,167 +1,132 @@
-"""Stage `corpus`: one streaming pass that validates, counts, keeps the held-out documents and a bounded sample of every language.
+"""Stage `corpus`: every input is scanned once, and what the scans found becomes the split, the sample and the list of blocks.
 
-The training text is not copied: `training_documents` reads the sources a second time and leaves out what is held out. Sample and held-out
-documents are those with the smallest text keys, which is a random choice over the whole source that does not depend on its order.
+    manifest.json             languages and their counts, sources, scans of the training inputs in order
+    kept/<scan>.npy           which documents of an input are trained on, one bit each
+    valid/<language>.jsonl    held-out documents
+    sample/<language>.jsonl   training documents to fit tokenizer and partitioner on
+
+The training text is not copied. Sample and held-out documents are those with the smallest text keys, which is a random choice over the
+whole corpus that does not depend on its order. Scans lie in `shards/scan`, named by what they are made from, so a killed run, or one
+with another input added, scans only what is new.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
-import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from megaxelm.corpus.document import Document, text_key
-from megaxelm.corpus.readers import AnySource, ReadReport, check_language, describe_source, read_source
+from megaxelm.corpus.deduplicate import BucketsStep, near_repeated, repeated
+from megaxelm.corpus.document import Document
+from megaxelm.corpus.executor import run_units
+from megaxelm.corpus.inputs import AnySource, Input, list_inputs
+from megaxelm.corpus.readers import MAX_EXAMPLES, check_language, describe_source, judge_share
+from megaxelm.corpus.scan import SKIPPED, Block, Scan, ScanStep, held_out_threshold, write_documents
+from megaxelm.corpus.smallest import SmallestKeys
 from megaxelm.errors import CorpusError, StageError
-from megaxelm.files import read_json
+from megaxelm.files import hash_value, read_json, remove
 from megaxelm.recipe import Recipe
-
-
-class SmallestKeys:
-    """Keeps the documents with the smallest keys, `max_bytes` of UTF-8 text in all, each text once, whatever order they come in.
-
-    A document of more than half of `max_bytes` would push out all others: it is kept only if there is no smaller one.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._heap: list[tuple[int, str, Document]] = []
-        self._keys: set[int] = set()
-        self._refused_from: int | None = None
-        self._large: tuple[int, Document] | None = None
-
-    def add(self, key: int, document: Document) -> None:
-        """Offer a document."""
-        if key in self._keys or (self._refused_from is not None and key >= self._refused_from):
-            return
-        size = document.num_bytes
-        if size > self.max_bytes // 2:
-            if self._large is None or key < self._large[0]:
-                self._large = key, document
-            return
-        heapq.heappush(self._heap, (-key, document.id, document))
-        self._keys.add(key)
-        self.num_bytes += size
-        while self.num_bytes > self.max_bytes:
-            largest, _, dropped = heapq.heappop(self._heap)
-            self._keys.remove(-largest)
-            self.num_bytes -= dropped.num_bytes
-            # without this bound a later small document could take a place that an earlier one was refused
-            self._refused_from = -largest
-
-    def discard(self, key: int) -> None:
-        """Take one document out."""
-        for i, (negative, _, document) in enumerate(self._heap):
-            if -negative == key:
-                self._heap.pop(i)
-                heapq.heapify(self._heap)
-                self._keys.remove(key)
-                self.num_bytes -= document.num_bytes
-                return
-        if self._large is not None and self._large[0] == key:
-            self._large = None
-
-    def documents(self) -> list[tuple[int, Document]]:
-        """(key, document) in order of key."""
-        if not self._heap and self._large is not None:
-            return [self._large]
-        return sorted(((-negative, document) for negative, _, document in self._heap), key=lambda pair: pair[0])
 
 
 @dataclass
 class _Language:
-    sample: SmallestKeys
-    valid: SmallestKeys
+    sample: SmallestKeys[Document]
+    valid: SmallestKeys[Document]
     train_documents: int = 0
     train_bytes: int = 0
     held_out_documents: int = 0
     smallest: tuple[int, Document] | None = None
-    smallest_count: int = 0
-    smallest_bytes: int = 0
     smallest_key_rule: bool = False
-    other_keys: bool = field(default=False)
 
 
-def prepare_corpus(recipe: Recipe, out: Path) -> None:
-    """Read all sources once and write `manifest.json`, `valid/<language>.jsonl`, `valid/keys.npy` and `sample/<language>.jsonl` into `out`.
+@dataclass
+class _Split:
+    """What is trained on, an input each, and what else the scans say."""
+
+    kept: list[NDArray[np.bool_]] = field(default_factory=list)
+    duplicates: int = 0
+    of_valid: int = 0
+
+
+def prepare_corpus(recipe: Recipe, shards: Path, out: Path) -> None:
+    """Scan what is new into `shards` and write the stage into the existing folder `out`.
 
     Raises:
-        CorpusError: what `read_source` raises; no documents; a language without training or without held-out text.
+        CorpusError: what cannot be read; no documents; a language without training or without held-out text.
     """
     corpus = recipe.corpus
     for code in corpus.languages or []:
         check_language(code, "corpus.languages")
-    found: dict[str, _Language] = defaultdict(lambda: _Language(SmallestKeys(corpus.sample_bytes), SmallestKeys(corpus.valid_bytes)))
-    keys: set[int] = set()
-    report, valid_report = ReadReport(), ReadReport()
-    duplicates = 0
-    for document in _read(corpus.valid, recipe, valid_report, "corpus: held-out text"):
-        key = text_key(document.text)
-        keys.add(key)
-        _hold_out(found[document.language], key, document)
-    threshold = 0 if corpus.valid else _threshold(corpus.held_out.share)
-    for document in _read(corpus.train, recipe, report, "corpus: training text"):
-        key = text_key(document.text)
-        language = found[document.language]
-        if key < threshold:
-            keys.add(key)
-            _hold_out(language, key, document)
-        elif key in keys:
-            duplicates += 1
-        else:
-            _train_on(language, key, document)
-    if not corpus.valid:
-        for language in found.values():
-            if not language.held_out_documents and language.other_keys and language.smallest is not None:
-                keys.add(_hold_out_smallest(language))
-    _check(recipe, found, report)
+    valid = _scan(recipe, "valid", list_inputs(corpus.valid), shards, None)
+    keys_file = _given_keys(valid, shards) if corpus.valid else None
+    step = _train_step(recipe, shards, keys_file)
+    inputs, train = step.inputs, _run_scan(recipe, step)
+    _judge(recipe, inputs, train)
+    found = _languages(recipe, valid, train)
+    split = _split(recipe, train, None if keys_file is None else np.load(keys_file), shards)
+    _hold_out_smallest(recipe, found, train, split)
+    _count(found, train, split.kept)
+    _check(recipe, found, _skipped(train))
     used = {code: language for code, language in sorted(found.items()) if language.train_documents}
-    _write(out, used, keys)
-    unused = {code: language.held_out_documents for code, language in sorted(found.items()) if code not in used}
-    manifest = {
-        "languages": {code: _counts(language) for code, language in used.items()},
-        "held_out": "given" if corpus.valid else "hash",
-        "held_out_share": None if corpus.valid else corpus.held_out.share,
-        "held_out_by_smallest_key": [code for code, language in used.items() if language.smallest_key_rule],
-        "duplicates_of_valid": duplicates,
-        "skipped_languages": dict(sorted((report.skipped + valid_report.skipped).items())),
-        "valid_without_training": unused,
-        "broken": {"count": report.broken + valid_report.broken, "examples": (report.examples + valid_report.examples)[:20]},
-        "sources": {
-            "train": [item for source in corpus.train for item in describe_source(source)],
-            "valid": [item for source in corpus.valid for item in describe_source(source)],
-        },
-    }
+    for name in ("valid", "sample"):
+        (out / name).mkdir()
+        for code, language in used.items():
+            chosen: SmallestKeys[Document] = getattr(language, name)
+            write_documents(out / name / f"{code}.jsonl", ((key, item) for key, _, item in chosen.items()), with_key=False)
+    (out / "kept").mkdir()
+    for scan, kept in zip(train, split.kept, strict=True):
+        np.save(out / "kept" / f"{scan.folder.name}.npy", np.packbits(kept))
+    manifest = _manifest(recipe, inputs, used, found, train, valid, split)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _forget_scans(shards, [*train, *valid])
 
 
-def training_documents(recipe: Recipe, corpus_folder: Path) -> Iterator[Document]:
-    """The second pass: every document of `corpus.train` whose text is not held out, in the order of the sources.
+def training_inputs(recipe: Recipe, corpus_folder: Path, shards: Path) -> tuple[ScanStep, list[Scan]]:
+    """The training inputs with their scans, as the stage left them.
 
     Raises:
-        CorpusError: as in the first pass.
+        CorpusError: the sources have changed since.
     """
-    manifest = load_manifest(corpus_folder)
-    keys_file = corpus_folder / "valid" / "keys.npy"
+    manifest = read_json(corpus_folder / "manifest.json", languages=dict, scans=list)
+    keys = shards / "scan" / f"valid-{manifest['valid_keys']}.npy" if manifest["valid_keys"] else None
     try:
-        keys = set(np.load(keys_file).tolist())
-    except (OSError, ValueError, EOFError) as error:
-        raise CorpusError(f"{keys_file}: missing or damaged ({error}); make the corpus stage again (--from corpus)") from None
-    threshold = 0 if manifest["held_out"] == "given" else _threshold(manifest["held_out_share"])
-    languages = manifest["languages"]
-    for document in _read(recipe.corpus.train, recipe, ReadReport(), None):
-        key = text_key(document.text)
-        if key >= threshold and key not in keys and document.language in languages:
-            yield document
+        step = _train_step(recipe, shards, keys)
+    except FileNotFoundError:
+        raise CorpusError(f"{keys}: missing; make the corpus stage again (--from corpus)") from None
+    if step.keys != manifest["scans"]:
+        changed = [item.name for item, key in zip(step.inputs, step.keys, strict=True) if key not in manifest["scans"]]
+        raise CorpusError(
+            f"corpus.train has changed since the corpus stage read it ({', '.join(changed[:3]) or 'another order'}): start again with "
+            "--from corpus"
+        )
+    missing = [step.inputs[unit].name for unit in range(step.count) if not step.is_done(unit)]
+    if missing:
+        raise CorpusError(f"{shards / 'scan'}: the scan of {missing[0]} is missing; make the corpus stage again (--from corpus)")
+    return step, [step.scan(unit) for unit in range(step.count)]
+
+
+def kept_documents(corpus_folder: Path, scan: Scan, block: Block) -> NDArray[np.bool_]:
+    """Which documents of a block are trained on, [documents].
+
+    Raises:
+        CorpusError: the file is missing or damaged.
+    """
+    path = corpus_folder / "kept" / f"{scan.folder.name}.npy"
+    try:
+        bits = np.load(path, mmap_mode="r", allow_pickle=False)
+        low, shift = divmod(block.first, 8)
+        part = np.unpackbits(bits[low : -(-(block.first + block.documents) // 8)])[shift : shift + block.documents]
+        if len(part) != block.documents:
+            raise ValueError(f"{len(bits)} bytes")
+        return part.astype(bool)
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise CorpusError(f"{path}: missing or damaged ({error}); make the corpus stage again (--from corpus)") from None
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -186,60 +151,155 @@ def load_manifest(corpus_folder: Path) -> dict[str, Any]:
         raise CorpusError(f"{error} (--from corpus)") from None
 
 
-def _threshold(share: float) -> int:
-    """Keys below it are held out: keys are uniform over 64 bits."""
-    return round(share * 2.0**64)
+def _train_step(recipe: Recipe, shards: Path, keys_file: Path | None) -> ScanStep:
+    return ScanStep(recipe, "train", list_inputs(recipe.corpus.train), shards / "scan", shards / "reports" / "scan", keys_file)
 
 
-def _read(sources: Sequence[AnySource], recipe: Recipe, report: ReadReport, title: str | None) -> Iterator[Document]:
+def _scan(recipe: Recipe, role: str, inputs: list[Input], shards: Path, keys_file: Path | None) -> list[Scan]:
+    return _run_scan(recipe, ScanStep(recipe, role, inputs, shards / "scan", shards / "reports" / "scan", keys_file))
+
+
+def _run_scan(recipe: Recipe, step: ScanStep) -> list[Scan]:
+    run_units(step, recipe.executor, "corpus: held-out text" if step.role == "valid" else "corpus: training text")
+    return [step.scan(unit) for unit in range(step.count)]
+
+
+def _given_keys(valid: Sequence[Scan], shards: Path) -> Path:
+    """Sorted keys of the held-out texts that were given, in a file named by its content."""
+    keys = np.unique(np.concatenate([np.asarray(scan.array("keys"))[scan.array("languages") != SKIPPED] for scan in valid]))
+    path = shards / "scan" / f"valid-{hash_value([scan.folder.name for scan in valid])}.npy"
+    if not path.exists():
+        aside = path.with_name(f".{path.name}")
+        with open(aside, "wb") as file:
+            np.save(file, keys)
+        aside.rename(path)
+    return path
+
+
+def _judge(recipe: Recipe, inputs: Sequence[Input], scans: Sequence[Scan]) -> None:
+    """Text files are judged a source at a time: one of them is one document."""
+    for number in {item.source for item in inputs if item.kind == "text"}:
+        results = [scan.result for item, scan in zip(inputs, scans, strict=True) if item.source == number and item.kind == "text"]
+        total, broken = (sum(result[name] for result in results) for name in ("total", "broken"))
+        examples = [example for result in results for example in result["examples"]]
+        judge_share(f"text files of source {number + 1}", total, broken, examples, recipe.corpus.max_bad_share)
+
+
+def _languages(recipe: Recipe, valid: Sequence[Scan], train: Sequence[Scan]) -> dict[str, _Language]:
+    """Sample and held-out documents of every language, from the candidates of all scans in order."""
     corpus = recipe.corpus
-    documents = (
-        document for source in sources for document in read_source(source, corpus.fields, corpus.max_bad_share, report, corpus.languages)
-    )
-    if title is None or not sources:
-        return documents
-    return iter(tqdm(documents, desc=title, unit=" documents", file=sys.stderr, mininterval=0.5))
+    found: dict[str, _Language] = {}
+
+    def of(code: str) -> _Language:
+        if code not in found:
+            found[code] = _Language(SmallestKeys(corpus.sample_bytes), SmallestKeys(corpus.valid_bytes))
+        return found[code]
+
+    for scan in [*valid, *train]:
+        for name in ("sample", "valid"):
+            for key, document in scan.candidates(name):
+                getattr(of(document.language), name).add(key, document, document.num_bytes)
+        for key, document in scan.candidates("smallest"):
+            language = of(document.language)
+            if language.smallest is None or key < language.smallest[0]:
+                language.smallest = key, document
+    for scan in valid:
+        for code, count in _by_language(scan, np.ones(scan.result["documents"], bool)).items():
+            of(code).held_out_documents += count[0]
+    threshold = held_out_threshold(recipe)
+    for scan in train if threshold else ():
+        for code, count in _by_language(scan, np.asarray(scan.array("keys")) < np.uint64(threshold)).items():
+            of(code).held_out_documents += count[0]
+    return found
 
 
-def _hold_out(language: _Language, key: int, document: Document) -> None:
-    language.held_out_documents += 1
-    language.valid.add(key, document)
+def _by_language(scan: Scan, which: NDArray[np.bool_]) -> dict[str, tuple[int, int]]:
+    """Documents and bytes by language of the documents `which` [documents] of a scan."""
+    numbers = np.asarray(scan.array("languages"))
+    which = which & (numbers != SKIPPED)
+    kinds = len(scan.languages)
+    documents = np.bincount(numbers[which], minlength=kinds)
+    sizes = np.bincount(numbers[which], weights=np.asarray(scan.array("sizes"))[which], minlength=kinds)
+    return {code: (int(documents[i]), int(sizes[i])) for i, code in enumerate(scan.languages) if documents[i]}
 
 
-def _train_on(language: _Language, key: int, document: Document) -> None:
-    size = document.num_bytes
-    language.train_documents += 1
-    language.train_bytes += size
-    language.sample.add(key, document)
-    if language.smallest is not None and key != language.smallest[0]:
-        language.other_keys = True
-    if language.smallest is None or key < language.smallest[0]:
-        language.smallest, language.smallest_count, language.smallest_bytes = (key, document), 0, 0
-    if key == language.smallest[0]:
-        language.smallest_count += 1
-        language.smallest_bytes += size
+def _split(recipe: Recipe, train: Sequence[Scan], given: NDArray[np.uint64] | None, shards: Path) -> _Split:
+    """Which documents are trained on: not held out, not repeated."""
+    split = _Split()
+    threshold = np.uint64(held_out_threshold(recipe))
+    for scan in train:
+        keys = np.asarray(scan.array("keys"))
+        kept = (keys >= threshold) & (np.asarray(scan.array("languages")) != SKIPPED)
+        if given is not None:
+            in_valid = kept & np.isin(keys, given)
+            split.of_valid += int(in_valid.sum())
+            kept &= ~in_valid
+        split.kept.append(kept)
+    if recipe.corpus.deduplicate is None:
+        return split
+    # near-duplicates are found by words, so texts too short for that are compared whole
+    groups = [repeated([(scan.array("keys"), kept) for scan, kept in zip(train, split.kept, strict=True)])]
+    if recipe.corpus.deduplicate == "minhash":
+        work = shards / "minhash"
+        remove(work)
+        folders = [scan.folder / "minhash" for scan in train]
+        step = BucketsStep(folders, recipe.corpus.minhash, work, shards / "reports" / "minhash")
+        run_units(step, recipe.executor, "corpus: near-duplicates")
+        groups.append(near_repeated(folders, recipe.corpus.minhash, work))
+        remove(work)
+    for group in groups:
+        for kept, places in zip(split.kept, group, strict=True):
+            split.duplicates += int(kept[places].sum())
+            kept[places] = False
+    return split
 
 
-def _hold_out_smallest(language: _Language) -> int:
-    """The hash rule gave a small language nothing: hold out the text with the smallest key, and say so in the manifest."""
-    assert language.smallest is not None
-    key, document = language.smallest
-    language.train_documents -= language.smallest_count
-    language.train_bytes -= language.smallest_bytes
-    language.sample.discard(key)
-    _hold_out(language, key, document)
-    language.smallest_key_rule = True
-    return key
+def _hold_out_smallest(recipe: Recipe, found: dict[str, _Language], train: Sequence[Scan], split: _Split) -> None:
+    """Where the hash rule gave a small language nothing, hold out the text with the smallest key, and say so in the manifest."""
+    if recipe.corpus.valid:
+        return
+    for code, language in sorted(found.items()):
+        if language.held_out_documents or language.smallest is None:
+            continue
+        key, document = language.smallest
+        others = False
+        for scan, kept in zip(train, split.kept, strict=True):
+            if code in scan.languages:
+                mine = kept & (np.asarray(scan.array("languages")) == scan.languages.index(code))
+                others = others or bool((np.asarray(scan.array("keys"))[mine] != np.uint64(key)).any())
+        if not others:
+            continue
+        for scan, kept in zip(train, split.kept, strict=True):
+            # the text is left out of every language
+            kept &= np.asarray(scan.array("keys")) != np.uint64(key)
+        language.sample.discard(key)
+        language.valid.add(key, document, document.num_bytes)
+        language.held_out_documents += 1
+        language.smallest_key_rule = True
 
 
-def _check(recipe: Recipe, found: dict[str, _Language], report: ReadReport) -> None:
+def _count(found: dict[str, _Language], train: Sequence[Scan], kept: Sequence[NDArray[np.bool_]]) -> None:
+    for scan, mask in zip(train, kept, strict=True):
+        for code, (documents, size) in _by_language(scan, mask).items():
+            found[code].train_documents += documents
+            found[code].train_bytes += size
+
+
+def _skipped(scans: Sequence[Scan]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for scan in scans:
+        total.update(scan.result["skipped"])
+    return total
+
+
+def _check(recipe: Recipe, found: dict[str, _Language], skipped: Counter[str]) -> None:
     corpus = recipe.corpus
     trained = sorted(code for code, language in found.items() if language.train_documents)
     if not trained and not corpus.languages:
         raise CorpusError("corpus.train holds no documents: check the files it names")
     missing = [code for code in corpus.languages or [] if code not in trained]
     if missing:
-        there = sorted({*trained, *report.skipped})
+        there = sorted({*trained, *skipped})
         raise CorpusError(
             f"corpus.languages asks for {', '.join(missing)}, but corpus.train has no training document in it; languages that occur: "
             f"{', '.join(there) or 'none'}. Take it out, add text, or check corpus.fields.language"
@@ -257,37 +317,58 @@ def _check(recipe: Recipe, found: dict[str, _Language], report: ReadReport) -> N
         )
 
 
+def _manifest(
+    recipe: Recipe,
+    inputs: Sequence[Input],
+    used: dict[str, _Language],
+    found: dict[str, _Language],
+    train: Sequence[Scan],
+    valid: Sequence[Scan],
+    split: _Split,
+) -> dict[str, Any]:
+    corpus = recipe.corpus
+    valid_inputs = list_inputs(corpus.valid)
+    scans = [*train, *valid]
+
+    def described(sources: Sequence[AnySource], items: Sequence[Input]) -> list[dict[str, Any]]:
+        groups = [[item for item in items if item.source == number] for number in range(len(sources))]
+        return [entry for source, group in zip(sources, groups, strict=True) for entry in describe_source(source, group)]
+
+    return {
+        "languages": {code: _counts(language) for code, language in used.items()},
+        "held_out": "given" if corpus.valid else "hash",
+        "held_out_share": None if corpus.valid else corpus.held_out.share,
+        "held_out_by_smallest_key": [code for code, language in used.items() if language.smallest_key_rule],
+        "duplicates_of_valid": split.of_valid,
+        "duplicates": split.duplicates,
+        "skipped_languages": dict(sorted(_skipped(scans).items())),
+        "valid_without_training": {code: item.held_out_documents for code, item in sorted(found.items()) if code not in used},
+        "broken": {
+            "count": sum(scan.result["broken"] for scan in scans),
+            "examples": [example for scan in scans for example in scan.result["examples"]][:MAX_EXAMPLES],
+        },
+        "sources": {"train": described(corpus.train, inputs), "valid": described(corpus.valid, valid_inputs)},
+        "scans": [scan.folder.name for scan in train],
+        "valid_keys": hash_value([scan.folder.name for scan in valid]) if corpus.valid else None,
+    }
+
+
 def _counts(language: _Language) -> dict[str, int]:
-    valid, sample = language.valid.documents(), language.sample.documents()
+    valid, sample = language.valid.items(), language.sample.items()
     return {
         "train_documents": language.train_documents,
         "train_bytes": language.train_bytes,
         "held_out_documents": language.held_out_documents,
         "valid_documents": len(valid),
-        "valid_bytes": sum(document.num_bytes for _, document in valid),
+        "valid_bytes": sum(size for _, size, _ in valid),
         "sample_documents": len(sample),
-        "sample_bytes": sum(document.num_bytes for _, document in sample),
+        "sample_bytes": sum(size for _, size, _ in sample),
     }
 
 
-def _write(out: Path, languages: dict[str, _Language], keys: set[int]) -> None:
-    for name in ("valid", "sample"):
-        (out / name).mkdir()
-        for code, language in languages.items():
-            with open(out / name / f"{code}.jsonl", "w", encoding="utf-8") as file:
-                for _, document in getattr(language, name).documents():
-                    file.write(_line(document))
-    np.save(out / "valid" / "keys.npy", np.array(sorted(keys), dtype=np.uint64))
-
-
-def _line(document: Document) -> str:
-    row: dict[str, Any] = {"text": document.text, "id": document.id, "language": document.language}
-    if document.meta:
-        # meta is taken as it comes and may hold half surrogates; as escapes they stay readable
-        row["meta"] = document.meta
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        line = json.dumps(row)
-    return line + "\n"
+def _forget_scans(shards: Path, used: Sequence[Scan]) -> None:
+    """Scans of what is no longer in the corpus, and what killed workers left."""
+    names = {scan.folder.name for scan in used}
+    for path in (shards / "scan").iterdir():
+        if path.is_dir() and path.name not in names:
+            remove(path)

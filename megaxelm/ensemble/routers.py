@@ -323,10 +323,11 @@ def make_router(name: str, data: RouterData, **overrides: Any) -> Router:
         if data.space is None or data.centres is None:
             raise RoutingError("router tfidf: this ensemble was saved without a vector space; build it again, or take another router")
         space = data.space
-        if space.analyzer.name == "char":
+        if space.reads_text:
             if data.decode is None:
                 raise RoutingError(
-                    "router tfidf: the vector space reads text (clusters.tfidf.analyzer = char); give the router a tokenizer"
+                    f"router tfidf: the vector space reads text (clusters.tfidf.analyzer = {space.analyzer.name}); give the router a "
+                    "tokenizer"
                 )
             space = TextSpace(space, data.decode)
         return TfidfRouter(space, data.centres, data.temperature, data.distance_power)

@@ -51,7 +51,7 @@ class TextStream:
 
 
 class TextSpace:
-    """A vector space that reads text (`TfidfSpace` with the `char` analyzer), for a router that is told token ids."""
+    """A vector space that reads text (`TfidfSpace` with the `char` or `word` analyzer), for a router that is told token ids."""
 
     def __init__(self, space: Any, decode: Callable[[list[int]], str]) -> None:
         self._space, self._decode = space, decode

@@ -30,13 +30,16 @@ class FieldNames(Section):
     """Name of the field that holds a stable identifier; documents without it get a hash of language and text."""
     language: str = "language"
     """Name of the field that holds the language code."""
+    domain: str = "domain"
+    """Name of the field that holds the topic or source, where there is one: the cluster report compares the clusters with it."""
 
 
 class FileSource(Section):
     """Documents from files. A plain string in the recipe is short for `files:`."""
 
     files: list[str] = Field(min_length=1)
-    """Globs or paths of files, relative to the current folder. Sorted by name before reading."""
+    """Globs or paths of files, relative to the current folder, or addresses that fsspec knows (`s3://bucket/*.jsonl.zst`, `hf://...`).
+    Sorted by name before reading."""
     format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
     """`auto` goes by the ending: .jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .txt. `text`: one document a file."""
     language: str | None = None
@@ -107,6 +110,17 @@ class HeldOutConfig(Section):
     """Share of the documents of each language."""
 
 
+class MinhashConfig(Section):
+    """Near-duplicates by MinHash (datatrove): two documents are alike when all hashes of at least one bucket agree."""
+
+    n_grams: int = Field(5, ge=1)
+    """Words of a shingle."""
+    buckets: int = Field(14, ge=1)
+    """Buckets of the signature."""
+    hashes_per_bucket: int = Field(8, ge=1)
+    """Hashes of a bucket. Documents whose shingles agree by about (1 / buckets)^(1 / hashes_per_bucket) are found: .72 as it stands."""
+
+
 class CorpusConfig(Section):
     """Where the text comes from."""
 
@@ -118,6 +132,14 @@ class CorpusConfig(Section):
     """Language codes to use, ISO 639-1 or 639-3; documents in others are skipped and counted. Null: all that occur."""
     fields: FieldNames = FieldNames()
     """Names of the fields in JSON lines, Parquet and Hugging Face rows."""
+    language: Literal["field", "detect"] = "field"
+    """Where the language of a document comes from: its field (or the source's `language:`), or detection from its text (py3langid, 97
+    languages, no download), restricted to `languages` where they are given. A source's own `language:` wins."""
+    deduplicate: Literal["exact", "minhash"] | None = None
+    """Leave out repeated training documents. `exact`: the same NFC-normalised text; `minhash`: also near-duplicates. The first in order of
+    reading stays."""
+    minhash: MinhashConfig = MinhashConfig()
+    """Settings of `deduplicate: minhash`."""
     held_out: HeldOutConfig = HeldOutConfig()
     """How documents are held out when `valid` is empty."""
     valid_bytes: int = Field(1_000_000, ge=1000)
@@ -145,7 +167,7 @@ class TokenizerConfig(Section):
     """Folder or Hugging Face name of a tokenizer to use. Null: a SentencePiece Unigram model is trained."""
     vocab_size: int = Field(8192, ge=300, le=2_000_000)
     """Pieces of a tokenizer trained here, bytes and special tokens included."""
-    character_coverage: float = Field(0.9995, gt=0.9, le=1)
+    character_coverage: float = Field(0.9995, ge=0.98, le=1)
     """Share of characters that get a piece of their own; the rest is spelt in bytes."""
     sample_bytes: int = Field(5_000_000, ge=10_000)
     """Text that the tokenizer is trained on, UTF-8 bytes over all languages, equal shares where there is enough."""
@@ -156,44 +178,79 @@ class TokenizerConfig(Section):
 class TypologyConfig(Section):
     """Languages grouped by their URIEL features (paper, section 3.1)."""
 
+    method: Literal["auto", "paired", "agglomerative"] = "auto"
+    """`paired`: the published rounds of greedy pairing, which give k = n / 2^r only; `agglomerative`: any k. `auto` takes the first
+    where it gives k, else the second, and says so."""
+    linkage: Literal["single", "average", "complete"] = "average"
+    """Distance of two clusters in agglomerative merging: the smallest, mean or largest over the pairs of their languages."""
+    balance: Literal["none", "tokens"] = "none"
+    """`tokens`: agglomerative merging keeps clusters from growing far beyond an equal share of the corpus' tokens."""
+    tolerance: float = Field(0.5, ge=0)
+    """With `balance: tokens`: how far the tokens of a cluster may go beyond total / k, as a share of it. One language alone may."""
     features: str = "syntax_average"
     """URIEL feature set, as lang2vec names it."""
+    distances: str | None = Field(None, min_length=1)
+    """CSV file of your own distances in place of URIEL: the first row and column name the languages, the rest is a symmetric matrix."""
 
 
 class TfidfConfig(Section):
     """Documents as TF-IDF vectors, reduced by SVD and cut by balanced k-means (paper, section 3.1)."""
 
-    analyzer: Literal["subword", "char"] = "subword"
-    """Terms: pieces of the recipe's tokenizer and their pairs, or character n-grams of 1 to 4."""
+    analyzer: Literal["subword", "char", "word"] = "subword"
+    """Terms: pieces of the recipe's tokenizer and their pairs; character n-grams of 1 to 4; or the published word pattern, for comparison
+    (it cuts Hindi and Thai to pieces and takes whole clauses of Chinese and Japanese for words)."""
     dimensions: int = Field(100, ge=2)
     """Dimensions after truncated SVD; fewer where the sample has fewer."""
     max_features: int = Field(50_000, ge=100)
     """Most frequent terms kept."""
     sample_documents: int = Field(20_000, ge=2)
-    """Documents the space is fitted on, stratified by language."""
+    """Documents the space is fitted on, stratified by language; `corpus.sample_bytes` bounds how many there are."""
+    balance: Literal["documents", "tokens"] = "documents"
+    """What the clusters of the sample hold equally much of."""
+    tolerance: float = Field(0.0, ge=0)
+    """How far a cluster of the sample may be from an equal share, as a part of it; 0: as equal as can be."""
+    starts: int = Field(8, ge=1)
+    """Starts of balanced k-means; the best is kept."""
     iterations: int = Field(20, ge=1)
     """Iterations of balanced k-means at most."""
+    assign: Literal["nearest", "balanced"] = "nearest"
+    """How the documents of the corpus find their cluster: the nearest centre (paper), or balanced within each block of the corpus."""
 
 
 class ClustersConfig(Section):
     """How the corpus is divided among experts."""
 
-    partitioner: Literal["typology", "tfidf", "language"] = "typology"
-    """`typology`: relatives share an expert; `tfidf`: similar documents do; `language`: one expert a language."""
+    partitioner: Literal["typology", "tfidf", "language", "mapping", "random"] = "typology"
+    """`typology`: relatives share an expert; `tfidf`: similar documents do; `language`: one expert a language; `mapping`: the
+    languages that you name; `random`: documents at random, the control."""
     k: int | None = Field(None, ge=1)
-    """Number of clusters, so of experts. Required, except for `language`, where it is the number of languages."""
+    """Number of clusters, so of experts. Required, except for `language` and `mapping`, where it follows."""
     typology: TypologyConfig = TypologyConfig()
     """Settings of the typology partitioner."""
     tfidf: TfidfConfig = TfidfConfig()
     """Settings of the TF-IDF partitioner, and of the vector space behind the `tfidf` router."""
+    mapping: dict[str, list[str]] = {}
+    """For `mapping`: cluster names to languages, e.g. `{slavic: [bg, ru], rest: [en, de]}`."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of samples and starts."""
+    """Seed of samples, starts and the random partitioner."""
 
     @model_validator(mode="after")
     def _needs_k(self) -> ClustersConfig:
-        if self.k is None and self.partitioner != "language":
+        if self.partitioner == "mapping":
+            if not self.mapping:
+                raise ValueError("clusters.mapping is empty: name clusters and their languages, e.g. {slavic: [bg, ru], rest: [en, de]}")
+            if self.k not in (None, len(self.mapping)):
+                raise ValueError(
+                    f"clusters.k = {self.k}, but clusters.mapping names {len(self.mapping)} clusters: leave k out or make them agree"
+                )
+        elif self.k is None and self.partitioner != "language":
             raise ValueError(f"clusters.k is missing: give the number of clusters for the {self.partitioner} partitioner")
         return self
+
+    @property
+    def num_clusters(self) -> int | None:
+        """k, or the number of clusters that `mapping` names; None for `language` without k."""
+        return len(self.mapping) if self.partitioner == "mapping" else self.k
 
 
 class ModelConfig(Section):
@@ -256,6 +313,9 @@ class TrainConfig(Section):
     """Documents packed into one sequence do not see each other. False is the way of the published runs."""
     language_alpha: float = Field(1.0, ge=0, le=1)
     """Languages of a cluster are drawn with p ~ tokens^alpha: 1 proportional, 0 uniform."""
+    language_weights: dict[str, float] = {}
+    """Shares of the languages in place of `language_alpha`, e.g. `{en: 2, sw: 1}`; normalised over the languages a model trains on, all of
+    which need one. The seed and the dense model use them too."""
     deepspeed_config: str = Field("zero1", json_schema_extra=_NO_EFFECT)
     """A file, or the name of one in `ds_configs/`. `auto` values are filled from this recipe."""
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", json_schema_extra=_NO_EFFECT)
@@ -276,6 +336,16 @@ class TrainConfig(Section):
     """Experts trained at the same time on a machine without GPUs; the cores are divided among them."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the sample order, the weights and the dropout."""
+
+    @field_validator("language_weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = [code for code, weight in value.items() if weight <= 0]
+        if wrong:
+            raise ValueError(
+                f"train.language_weights: the weight of {', '.join(wrong)} must be above 0; leave a language out of the corpus instead"
+            )
+        return value
 
 
 class SeedConfig(Section):
@@ -346,6 +416,45 @@ class EvaluationConfig(Section):
     """Mixtures to evaluate."""
 
 
+class SlurmConfig(Section):
+    """What sbatch is told. Every field that is null is left to the cluster."""
+
+    partition: str | None = None
+    """Partition of the jobs."""
+    time: str = "24:00:00"
+    """Time limit of a task."""
+    qos: str | None = None
+    """Quality of service."""
+    cpus_per_task: int = Field(1, ge=1)
+    """Cores of a task; a task works with one, more serve for its memory."""
+    memory_gb_per_cpu: int | None = Field(4, ge=1)
+    """Memory of a core, GB."""
+    sbatch: dict[str, str] = {}
+    """Further options of sbatch, e.g. `{account: nlp}`."""
+
+
+class ExecutorConfig(Section):
+    """Where the corpus is prepared. A plain string in the recipe is short for `kind:`. Never changes a result."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    """`local`: processes on this machine; `slurm`: array jobs on folders that all nodes see; `ray`: a Ray cluster (extra `scale`)."""
+    workers: int | None = Field(None, ge=1)
+    """Tasks at a time. Null: the cores of this machine for `local`, as many as there are for `slurm` and `ray`."""
+    tasks: int | None = Field(None, ge=1)
+    """Parts that the work of a step is divided into, at most as many as it has. Null: as many as workers for `local`, else 64."""
+    block_bytes: int = Field(32_000_000, ge=1000)
+    """Text of one shard, UTF-8 bytes: what a task loses at most when it is killed. Another value tokenises again, to the same result."""
+    slurm: SlurmConfig = SlurmConfig()
+    """Settings of `kind: slurm`."""
+    ray_address: str | None = None
+    """Address of the Ray cluster. Null: the one that is running here, or a local one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
 class Recipe(Section):
     """One run, whole."""
 
@@ -357,6 +466,8 @@ class Recipe(Section):
     """The tokenizer: trained here, or loaded."""
     clusters: ClustersConfig
     """How the corpus is divided among experts."""
+    executor: ExecutorConfig = ExecutorConfig()
+    """Where the corpus is prepared."""
     model: ModelConfig = ModelConfig()
     """Shape of a seed trained from scratch."""
     seed: SeedConfig = SeedConfig()
@@ -408,7 +519,7 @@ class Recipe(Section):
                 "train.document_mask = true needs tokenizer.begin_of_document = true, or the first token of a document would be "
                 "predicted from nothing: set both to true, or both to false"
             )
-        k = self.clusters.k
+        k = self.clusters.num_clusters
         if k and self.experts.batch_sequences is None and train.batch_sequences % k:
             near = max(k, round(train.batch_sequences / k) * k)
             raise ValueError(

@@ -59,7 +59,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One part of the corpus. `languages` holds the bytes by language in the sample that the clusters were fitted on."""
+    """One part of the corpus. `languages` holds the bytes of text by language, over the whole corpus."""
 
     name: str
     languages: dict[str, int]

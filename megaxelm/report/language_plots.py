@@ -18,8 +18,12 @@ _MARKERS = ("o", "s", "D", "^", "v")
 
 def draw_tree(run: RunData) -> Drawing | None:
     """Dendrogram of the languages by typological distance; each leaf carries the mark and name of its cluster."""
-    clusters = run.clusters
-    if clusters is None or clusters.linkage is None or len(clusters.languages) < 2:
+    return draw_language_tree(run.clusters) if run.clusters else None
+
+
+def draw_language_tree(clusters: Clusters) -> Drawing | None:
+    """`draw_tree` from the clusters alone. None without a linkage, or with one language."""
+    if clusters.linkage is None or len(clusters.languages) < 2:
         return None
     from scipy.cluster.hierarchy import dendrogram
 
@@ -34,7 +38,7 @@ def draw_tree(run: RunData) -> Drawing | None:
     top = max(row[2] for row in clusters.linkage) or 1.0
     for row, code in enumerate(leaves):
         name = owner.get(code, "")
-        colour, marker = _mark(names.index(name)) if name in names else (MUTED, "x")
+        colour, marker = cluster_mark(names.index(name)) if name in names else (MUTED, "x")
         axes.plot(-0.014 * top, row, marker, color=colour, markersize=7, clip_on=False)
         axes.text(-0.035 * top, row, code, ha="left", va="center", fontweight="bold")
         axes.text(
@@ -60,7 +64,7 @@ def draw_tree(run: RunData) -> Drawing | None:
 
 
 def cluster_of_language(clusters: Clusters) -> dict[str, str]:
-    """Language -> the cluster with most of its bytes in the sample."""
+    """Language -> the cluster with most of its bytes."""
     best: dict[str, tuple[int, str]] = {}
     for cluster in clusters.clusters:
         for code, size in cluster.languages.items():
@@ -69,7 +73,8 @@ def cluster_of_language(clusters: Clusters) -> dict[str, str]:
     return {code: name for code, (_, name) in best.items()}
 
 
-def _mark(number: int) -> tuple[str, str]:
+def cluster_mark(number: int) -> tuple[str, str]:
+    """Colour and marker of a cluster by its number, the same in every figure."""
     return _COLOURS[number % len(_COLOURS)], _MARKERS[(number // len(_COLOURS)) % len(_MARKERS)]
 
 

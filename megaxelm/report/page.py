@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megaxelm.report.data import Member, Model, RunData
@@ -29,9 +28,7 @@ class Node:
 
 def render_page(run: RunData, drawings: dict[str, Drawing]) -> str:
     """The whole HTML page. Every name from the run is escaped; nothing is loaded from elsewhere."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(bits=format_bits, count=format_count, seconds=_format_seconds)
-    template = environment.from_string(resources.files("megaxelm.report").joinpath("template.html.j2").read_text(encoding="utf-8"))
+    template = page_environment().get_template("template.html.j2")
     verdict = judge(run)
     return template.render(
         run=run,
@@ -48,6 +45,14 @@ def render_page(run: RunData, drawings: dict[str, Drawing]) -> str:
         owner=cluster_of_language(run.clusters) if run.clusters else {},
         settings={key: "all" if value is None and key == "top_m" else value for key, value in run.settings.items()},
     )
+
+
+def page_environment() -> Environment:
+    """Where the templates of this folder are rendered: every value is escaped, and one that is missing is an error."""
+    loader = PackageLoader("megaxelm.report", package_path="")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(bits=format_bits, count=format_count, seconds=_format_seconds)
+    return environment
 
 
 def lineage_roots(members: dict[str, Member]) -> list[Node]:

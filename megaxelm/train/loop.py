@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaxelm.corpus.build import open_streams
+from megaxelm.corpus.index_folder import load_index_manifest, open_streams
 from megaxelm.corpus.packing import PackedBatch, pack
 from megaxelm.corpus.prepare import read_documents
 from megaxelm.corpus.sampling import Blend
@@ -33,7 +33,7 @@ from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 from megaxelm.train.checkpoint import Progress, complete_checkpoint, find_checkpoint
 from megaxelm.train.environment import Processes
-from megaxelm.train.members import Member
+from megaxelm.train.members import Member, check_language_weights
 from megaxelm.train.metrics import Metrics
 from megaxelm.train.schedule import learning_rate
 from megaxelm_kernels.attention import choose_backend
@@ -119,8 +119,11 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     recipe, member, processes = setting.recipe, setting.member, setting.processes
     config = recipe.train
     tokenizer = Tokenizer.load(setting.run.folder("tokenizer"))
-    streams = open_streams(setting.run.folder("index"), member.clusters)
-    blend = Blend(streams, member.sequence_length, member.language_alpha, member.sample_seed(config.seed))
+    index = setting.run.folder("index")
+    streams = open_streams(index, member.clusters, tokenizer)
+    check_language_weights(recipe, {language for languages in load_index_manifest(index)["clusters"].values() for language in languages})
+    sample_seed = member.sample_seed(config.seed)
+    blend = Blend(streams, member.sequence_length, member.language_alpha, sample_seed, config.language_weights)
     model = build_model(setting, tokenizer)
     try:
         # The packed kernel of torch has no fp32 form.
@@ -160,14 +163,20 @@ def _loop(setting: Setting, steps: _Steps, metrics: Metrics | None, bar: Iterabl
             loss = _sum_over_ranks(loss_sum, setting) / max(1, targets)
             if metrics is not None:
                 now = time.monotonic()
-                line = {"step": done, "loss": loss, "lr": result.lr}
+                line: dict[str, Any] = {"step": done, "loss": loss, "lr": result.lr}
                 line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
                 line |= {"tokens": done * member.batch_sequences * member.sequence_length}
+                line |= {"language_tokens": language_tokens(steps.blend, done * member.batch_sequences)}
                 metrics.write(line | {"tokens_per_second": tokens / max(now - since, 1e-9), "seconds": now - began})
                 since = now
             loss_sum, targets, tokens = 0.0, 0, 0
         if done % config.checkpoint_every == 0 or done == member.steps:
             _save(setting, steps.engine, Progress(done, done * member.batch_sequences))
+
+
+def language_tokens(blend: Blend, samples: int) -> dict[str, int]:
+    """Tokens of each language among the first `samples` samples of a run: by arithmetic, so the same after a resume and on any ranks."""
+    return {language: count * blend.sequence_length for language, count in sorted(blend.counts(samples).items())}
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,7 @@ class _Steps:
         first = step * member.batch_sequences + processes.rank * share
         micro = self.setting.ds_config["train_micro_batch_size_per_gpu"]
         for start in range(first, first + share, micro):
-            windows = [self.blend.sample(number) for number in range(start, start + micro)]
+            windows = self.blend.read(start, micro)
             yield pack(windows, self.setting.recipe.train.document_mask).to(self.setting.device)
 
     def _dropout(self, batch: PackedBatch, step: int, seed: int) -> DropoutKey | None:

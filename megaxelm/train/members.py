@@ -5,7 +5,7 @@ Equal compute (paper, section 4.1): the dense model gets the whole batch, each o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,17 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Memb
     """
     train, seed = recipe.train, recipe.seed
     k = len(cluster_names)
+    if train.language_weights:
+        given = {
+            "train.language_alpha": train.language_alpha,
+            "seed.language_alpha": 1.0 if seed.language_alpha is None else seed.language_alpha,
+        }
+        for field, alpha in given.items():
+            if alpha != 1.0:
+                raise RecipeError(
+                    f"{field} = {alpha:g} and train.language_weights both say how languages are mixed: leave out one of them, since the "
+                    "weights would take the place of the exponent"
+                )
 
     def member(
         name: str, kind: Literal["seed", "dense", "expert"], clusters: tuple[str, ...] | None, steps: int, batch: int, **other: Any
@@ -82,6 +93,27 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Memb
         members[name] = member(name, "expert", (name,), expert_steps, expert_batch)
     _check_equal(recipe, members)
     return members
+
+
+def check_language_weights(recipe: Recipe, languages: Collection[str]) -> None:
+    """Look whether `train.language_weights`, where it is given, has the languages of the corpus and no others.
+
+    Raises:
+        RecipeError: naming the languages that are missing or unknown.
+    """
+    weights = recipe.train.language_weights
+    missing = sorted(set(languages) - set(weights)) if weights else []
+    unknown = sorted(set(weights) - set(languages))
+    if missing:
+        raise RecipeError(
+            f"train.language_weights has no weight for {', '.join(missing)}: every language that a model trains on needs one; add them, or "
+            "leave out train.language_weights"
+        )
+    if unknown:
+        raise RecipeError(
+            f"train.language_weights has a weight for {', '.join(unknown)}, of which the corpus has no text: its languages are "
+            f"{', '.join(sorted(languages))}; remove or rename them"
+        )
 
 
 def account(members: dict[str, Member]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Training figures: one JSON line and one TensorBoard point every `train.log_every` steps.
 
 A line: step (done), loss (nats per predicted token, mean since the last line), lr, grad_norm (before clipping), tokens (consumed so far),
-tokens_per_second (since the last line), seconds (of training in this process).
+language_tokens ({language: tokens}, which add up to `tokens`), tokens_per_second (since the last line), seconds (of training in this
+process).
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Metrics:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for key, value in line.items():
-            if key != "step":
-                self._board.add_scalar(f"train/{key}", value, line["step"])
+            points = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+            for name, point in points.items() if key != "step" else ():
+                self._board.add_scalar(f"train/{name}", point, line["step"])
 
     def close(self) -> None:
         self._file.close()

@@ -1,56 +1,19 @@
-"""Balanced k-means: sizes, exactness of the assignment, objective against peers."""
+"""Balanced k-means: centres, starts, weights, devices and types of input; the assignment has its own file."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 from scipy.optimize import linear_sum_assignment
 
-from megaxelm.cluster.kmeans import balanced_assignment, balanced_kmeans, squared_distances
+from megaxelm.cluster import kmeans
+from megaxelm.cluster.kmeans import balanced_kmeans, refine, squared_distances
 from megaxelm.errors import ClusterError
 
 
 def objective(vectors: np.ndarray, labels: np.ndarray) -> float:
     return sum(float(((vectors[labels == j] - vectors[labels == j].mean(axis=0)) ** 2).sum()) for j in np.unique(labels))
-
-
-def cheapest(costs: np.ndarray) -> float:
-    """The optimum by the Hungarian method: k (floor + 1) slots, of which dummies may take the last of each cluster only."""
-    count, k = costs.shape
-    floor = count // k
-    square = np.zeros((k * (floor + 1), k * (floor + 1)))
-    square[:count] = np.repeat(costs, floor + 1, axis=1)
-    square[count:] = 1e9
-    square[count:, floor :: floor + 1] = 0
-    rows, columns = linear_sum_assignment(square)
-    return float(square[rows, columns].sum())
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    count=st.integers(1, 40),
-    k=st.integers(1, 7),
-    seed=st.integers(0, 10**6),
-    kind=st.sampled_from(["smooth", "ties", "skewed"]),
-    warm=st.booleans(),
-)
-def test_assignment_is_balanced_and_optimal(count: int, k: int, seed: int, kind: str, warm: bool) -> None:
-    k = min(k, count)
-    rng = np.random.default_rng(seed)
-    costs = rng.random((count, k))
-    if kind == "ties":
-        costs = np.round(costs, 1)
-    elif kind == "skewed":
-        costs[:, 0] *= 0.01
-    labels, prices = balanced_assignment(costs, rng.normal(size=k) if warm else None)
-    sizes = np.bincount(labels, minlength=k)
-    assert sizes.max() - sizes.min() <= 1
-    paid = costs[np.arange(count), labels]
-    assert paid.sum() == pytest.approx(cheapest(costs), abs=1e-9)
-    # The prices prove it: at them nobody would rather be elsewhere.
-    assert (paid + prices[labels] <= (costs + prices).min(axis=1) + 1e-9).all()
 
 
 def blobs(seed: int, k: int, each: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,3 +80,114 @@ def test_squared_distances_match_fp64() -> None:
     x, c = rng.normal(size=(20, 100)).astype(np.float32), rng.normal(size=(3, 100)).astype(np.float32)
     exact = ((x[:, None].astype(np.float64) - c[None].astype(np.float64)) ** 2).sum(axis=-1)
     assert np.abs(squared_distances(x, c) - exact).max() < 1e-11 * exact.max()
+
+
+def test_tensors_give_tensors_and_the_same_clusters_as_numpy_in_fp32_and_fp64() -> None:
+    vectors = np.random.default_rng(5).normal(size=(200, 6)).astype(np.float32)
+    centres, labels = balanced_kmeans(vectors, 4, 0, 10)
+    for dtype in (torch.float32, torch.float64):
+        found = balanced_kmeans(torch.from_numpy(vectors).to(dtype), 4, 0, 10)
+        assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
+        assert np.array_equal(found[1].numpy(), labels) and np.allclose(found[0].numpy(), centres, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1.0, 1e4), (1e-6, 0.0), (1e12, 0.0)])
+def test_where_the_vectors_lie_and_in_what_unit_makes_no_difference(factor: float, shift: float) -> None:
+    vectors = blobs(4, 5, 30)[0]
+    expected = balanced_kmeans(vectors, 5, 0, 10)[1]
+    assert np.array_equal(balanced_kmeans(vectors * factor + shift, 5, 0, 10)[1], expected)
+
+
+def test_the_order_of_the_vectors_does_not_change_what_given_starts_lead_to() -> None:
+    vectors = np.random.default_rng(6).normal(size=(301, 5))
+    order = np.random.default_rng(7).permutation(len(vectors))
+    labels = np.asarray(refine(vectors, vectors[:6], 15)[1])
+    permuted = np.asarray(refine(vectors[order], vectors[:6], 15)[1])
+    assert np.array_equal(permuted, labels[order])
+
+
+def test_one_iteration_from_given_centres_is_the_cheapest_balanced_division_and_its_means() -> None:
+    vectors = np.random.default_rng(8).normal(size=(40, 3))
+    start = vectors[:4]
+    centres, labels = refine(vectors, start, 1)
+    labels = np.asarray(labels)
+    slots = np.repeat(squared_distances(vectors, start), 10, axis=1)
+    rows, columns = linear_sum_assignment(slots)
+    assert np.array_equal(labels, columns // 10)
+    assert np.allclose(np.asarray(centres), [vectors[labels == j].mean(axis=0) for j in range(4)], atol=1e-6)
+
+
+def test_weights_balance_what_the_clusters_weigh_and_move_their_centres() -> None:
+    rng = np.random.default_rng(9)
+    vectors, weights = rng.normal(size=(500, 4)), rng.lognormal(4, 1, size=500)
+    centres, labels = balanced_kmeans(vectors, 5, 0, 15, weights=weights)
+    loads = np.bincount(labels, weights)
+    assert np.abs(loads - weights.sum() / 5).max() < weights.max()
+    assert np.allclose(centres, [np.average(vectors[labels == j], axis=0, weights=weights[labels == j]) for j in range(5)], atol=1e-5)
+    unweighted = np.bincount(balanced_kmeans(vectors, 5, 0, 15)[1], weights)
+    assert np.ptp(loads) < np.ptp(unweighted) / 5
+
+
+def test_equal_weights_are_as_none() -> None:
+    vectors = np.random.default_rng(10).normal(size=(240, 4))
+    labels = balanced_kmeans(vectors, 4, 0, 15, weights=np.full(240, 7.0))[1]
+    assert np.bincount(labels).tolist() == [60] * 4
+    assert objective(vectors, labels) == pytest.approx(objective(vectors, balanced_kmeans(vectors, 4, 0, 15)[1]), rel=0.02)
+
+
+def test_a_wider_tolerance_gives_a_lower_objective_and_keeps_its_bounds() -> None:
+    vectors = np.concatenate([blobs(2, 4, 30)[0], blobs(3, 1, 80)[0]])
+    reached = []
+    for tolerance in (0.0, 0.25, 100.0):
+        labels = balanced_kmeans(vectors, 4, 0, 20, tolerance=tolerance)[1]
+        sizes = np.bincount(labels, minlength=4)
+        assert sizes.min() >= max(1, (1 - tolerance) * 50) and sizes.max() <= (1 + tolerance) * 50
+        reached.append(objective(vectors, labels))
+    assert reached[0] > reached[1] > reached[2]
+
+
+def test_no_cluster_is_empty_even_where_any_size_is_allowed() -> None:
+    vectors = np.concatenate([np.zeros((50, 2)), np.eye(2)])
+    assert np.bincount(balanced_kmeans(vectors, 5, 0, 10, tolerance=50.0)[1], minlength=5).min() >= 1
+
+
+def test_more_starts_are_no_worse_and_the_best_is_kept() -> None:
+    vectors = np.random.default_rng(11).normal(size=(300, 3))
+    reached = [objective(vectors, balanced_kmeans(vectors, 12, 0, 3, starts=starts)[1]) for starts in (1, 4, 12)]
+    assert reached[0] >= reached[1] >= reached[2] and reached[0] > reached[2]
+
+
+def test_starts_by_kmeans_plus_plus_find_blobs_that_random_starts_miss() -> None:
+    vectors, truth = blobs(12, 12, 20)
+    labels = balanced_kmeans(vectors, 12, 0, 20, starts=1)[1]
+    assert all(len(set(labels[truth == blob])) == 1 for blob in range(12))
+
+
+def test_many_vectors_start_from_a_sample_and_end_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = blobs(13, 3, 400)[0]
+    monkeypatch.setattr(kmeans, "_START_ROWS", 10)
+    labels = balanced_kmeans(vectors, 3, 0, 20)[1]
+    assert np.bincount(labels).tolist() == [400] * 3
+    assert objective(vectors, labels) == pytest.approx(objective(vectors, blobs(13, 3, 400)[1]), rel=1e-9)
+
+
+def test_blocks_of_any_size_give_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(14).normal(size=(230, 5))
+    expected = balanced_kmeans(vectors, 4, 0, 15)
+    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 7)
+    found = balanced_kmeans(vectors, 4, 0, 15)
+    assert np.array_equal(found[1], expected[1]) and np.allclose(found[0], expected[0], atol=1e-6)
+
+
+def test_no_starts_are_an_error() -> None:
+    with pytest.raises(ClusterError, match="0 starts; choose 1 or more"):
+        balanced_kmeans(np.eye(3), 2, 0, 5, starts=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_clusters_as_good_as_the_cpu() -> None:
+    vectors = blobs(15, 8, 1000)[0]
+    _, labels = balanced_kmeans(torch.from_numpy(vectors).cuda(), 8, 0, 20)
+    assert labels.is_cuda and torch.bincount(labels).tolist() == [1000] * 8
+    assert objective(vectors, labels.cpu().numpy()) == pytest.approx(objective(vectors, balanced_kmeans(vectors, 8, 0, 20)[1]), rel=1e-3)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from megaxelm.cluster.analyzers import CharAnalyzer, SubwordAnalyzer
+from megaxelm.cluster.analyzers import CharAnalyzer, SubwordAnalyzer, TermState, WordAnalyzer, make_analyzer, reads_text
 from megaxelm.cluster.space import TfidfSpace
 from megaxelm.errors import ClusterError
 from megaxelm.recipe import TfidfConfig
@@ -73,6 +73,22 @@ def test_space_agrees_with_scikit_learns_vectoriser(analyzer: str) -> None:
     assert np.abs(cosines(fitted.transform(TEXTS)) - cosines(weighted)).max() < 1e-5
 
 
+def test_word_space_agrees_with_the_published_vectoriser() -> None:
+    peer = TfidfVectorizer()  # its default pattern is the published one
+    weighted = peer.fit_transform(TEXTS).toarray()
+    fitted = TfidfSpace.fit(TEXTS, TfidfConfig(analyzer="word", dimensions=10), 0)
+    assert len(fitted.codes) == len(peer.vocabulary_)
+    assert np.allclose(np.sort(fitted.idf), np.sort(peer.idf_), rtol=1e-6)
+    assert np.abs(cosines(fitted.transform(TEXTS)) - cosines(weighted)).max() < 1e-5
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet="abZÉé_09 .-'\n\u0301İσςΣкиのあ猫कि่นุ", max_size=30))
+def test_words_are_those_of_scikit_learns_analyzer(text: str) -> None:
+    published = TfidfVectorizer().build_analyzer()
+    assert WordAnalyzer().words(text) == [word.replace("ς", "σ") for word in published(text)]
+
+
 def test_most_frequent_terms_are_kept() -> None:
     counts: dict[str, int] = {}
     for text in TEXTS:
@@ -95,7 +111,7 @@ def test_counting_in_many_portions_gives_the_same_space(monkeypatch: pytest.Monk
     assert np.abs(whole.transform(TEXTS) - portions.transform(TEXTS)).max() < 1e-6
 
 
-@pytest.mark.parametrize("analyzer", ["char", "subword"])
+@pytest.mark.parametrize("analyzer", ["char", "subword", "word"])
 def test_vectors_have_length_one_and_zero_without_known_terms(analyzer: str) -> None:
     fitted = space(analyzer)
     lengths = np.linalg.norm(fitted.transform([*TEXTS, "\U00012345", ""]), axis=1)
@@ -148,6 +164,15 @@ def test_char_pushed_character_by_character_equals_every_prefix(text: str) -> No
     check_every_prefix(fitted, text, list(text))
 
 
+@pytest.mark.parametrize("text", TEXTS + HARD)
+def test_words_pushed_character_by_character_equal_every_prefix(text: str) -> None:
+    fitted = TfidfSpace.fit(TEXTS + HARD, TfidfConfig(analyzer="word", dimensions=8), 0)
+    check_every_prefix(fitted, text, list(text))
+
+
+# Beginnings of words are terms too, so that a prefix that ends within a word has a vector of its own.
+BEGINNINGS = [text[:end] for text in TEXTS + HARD for end in range(2, len(text))]
+WORD_SPACE = TfidfSpace.fit(BEGINNINGS, TfidfConfig(analyzer="word", dimensions=40), 0)
 HARD_SPACE = TfidfSpace.fit(TEXTS + HARD, TfidfConfig(analyzer="char", dimensions=8), 0)
 
 
@@ -155,6 +180,21 @@ HARD_SPACE = TfidfSpace.fit(TEXTS + HARD, TfidfConfig(analyzer="char", dimension
 @given(st.lists(st.text(alphabet="".join(sorted(set("".join(TEXTS + HARD)))) + "\u1100\u1161\u11a8\u00a0", max_size=6), max_size=6))
 def test_char_pushed_in_any_pieces_equals_the_whole(pieces: list[str]) -> None:
     check_every_prefix(HARD_SPACE, "", pieces)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text(alphabet="".join(sorted(set("".join(TEXTS + HARD)))) + "_'", max_size=8), max_size=6))
+def test_words_pushed_in_any_pieces_equal_the_whole(pieces: list[str]) -> None:
+    check_every_prefix(WORD_SPACE, "", pieces)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text(alphabet="abΣς İ\u0301猫", max_size=6), max_size=6))
+def test_terms_of_pushed_words_are_those_of_the_whole(pieces: list[str]) -> None:
+    analyzer, state, settled = WordAnalyzer(), TermState(), []
+    for piece in pieces:
+        settled += analyzer.push(state, piece)
+    assert settled + analyzer.pending(state) == analyzer.symbols(["".join(pieces)])[0].tolist()
 
 
 def test_the_tail_that_waits_is_short() -> None:
@@ -180,7 +220,15 @@ def test_subword_codes_are_exact_for_the_largest_ids() -> None:
     assert codes.tolist() == [256008, 1, 2**31 - 1, 256008 << 32 | 1, 1 << 32 | 2**31 - 1]
 
 
-@pytest.mark.parametrize("analyzer", ["char", "subword"])
+def test_an_unknown_analyzer_is_an_error_and_each_says_whether_it_reads_text() -> None:
+    with pytest.raises(ClusterError, match=r"analyzer = 'words': unknown; choose subword, char or word"):
+        make_analyzer("words", None)
+    for name in ("subword", "char", "word"):
+        assert make_analyzer(name, None).name == name
+        assert make_analyzer(name, None).reads_text == reads_text(name) == (name != "subword")
+
+
+@pytest.mark.parametrize("analyzer", ["char", "subword", "word"])
 def test_what_is_saved_loads_the_same(analyzer: str, tmp_path: Path) -> None:
     tokenizer = WordPieces()
     fitted = TfidfSpace.fit(TEXTS, TfidfConfig(analyzer=analyzer, dimensions=5), 0, tokenizer)
@@ -214,8 +262,11 @@ def test_text_and_ids_are_not_mixed_up() -> None:
         space("subword").push(space("subword").start(), "text")
     with pytest.raises(TypeError):
         space("char").push(space("char").start(), [1, 2])
-    with pytest.raises(ClusterError):
-        space("char").transform_tokens([[1]])
+    with pytest.raises(TypeError):
+        space("word").push(space("word").start(), [1, 2])
+    for analyzer in ("char", "word"):
+        with pytest.raises(ClusterError, match=f"analyzer = {analyzer}: this space reads text"):
+            space(analyzer).transform_tokens([[1]])
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "\n"]])

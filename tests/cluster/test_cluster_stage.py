@@ -13,11 +13,12 @@ import pytest
 
 from megaxelm.cluster.kmeans import squared_distances
 from megaxelm.cluster.load import load_partitioner
-from megaxelm.cluster.stage import build_clusters
 from megaxelm.cluster.tfidf import TfidfPartitioner, equal_shares, stratified_sample
 from megaxelm.corpus.document import Document
 from megaxelm.errors import ClusterError, MegaxelmError
 from megaxelm.recipe import Recipe, TfidfConfig, parse_recipe
+from megaxelm.run import RunFolder
+from megaxelm.stages import Stages
 
 WORDS = {
     "de": "der Hund und die Katze sitzen auf einer Matte vor dem Haus mit Garten",
@@ -42,27 +43,41 @@ def some_documents(code: str, count: int) -> list[Document]:
     return [Document(text=" ".join(rng.choices(words, k=12)), id=f"{code}/{number}", language=code) for number in range(count)]
 
 
-def corpus(folder: Path, counts: dict[str, int]) -> Path:
-    (folder / "sample").mkdir(parents=True)
-    for code, count in counts.items():
-        lines = [json.dumps({"id": d.id, "language": d.language, "text": d.text}, ensure_ascii=False) for d in some_documents(code, count)]
-        (folder / "sample" / f"{code}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    (folder / "manifest.json").write_text(json.dumps({"languages": {code: {"train_documents": n} for code, n in counts.items()}}))
+def write_corpus(folder: Path, counts: dict[str, int]) -> Path:
+    """`train.jsonl`, and a held-out document of every language in `valid.jsonl`."""
+    folder.mkdir(parents=True)
+    for name in ("train", "valid"):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for code, count in counts.items():
+                for document in some_documents(code, count) if name == "train" else [Document(f"held out {code}", code, code)]:
+                    file.write(json.dumps({"id": document.id, "language": code, "text": document.text}, ensure_ascii=False) + "\n")
     return folder
 
 
-def recipe(**clusters: Any) -> Recipe:
-    k = clusters.get("k") or 1
-    return parse_recipe(
-        {"name": "t", "corpus": {"train": "x.jsonl"}, "clusters": clusters, "train": {"steps": 10, "batch_sequences": 4 * k}}
-    )
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer that knows the characters of all the words."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made = recipe(write_corpus(folder / "text", dict.fromkeys(WORDS, 40)), partitioner="language")
+    Stages(RunFolder(folder / "run"), made, say=lambda text: None).run(until="tokenizer")
+    return folder / "run" / "tokenizer"
 
 
-def build(tmp_path: Path, counts: dict[str, int], **clusters: Any) -> dict[str, Any]:
-    out = tmp_path / "clusters"
-    out.mkdir()
-    build_clusters(recipe(**clusters), corpus(tmp_path / "corpus", counts), Characters(), out)
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+def recipe(folder: Path, tokenizer: Path | None = None, **clusters: Any) -> Recipe:
+    tree = {
+        "name": "t",
+        "corpus": {"train": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl")},
+        "tokenizer": {"load": str(tokenizer)} if tokenizer else {"vocab_size": 400},
+        "clusters": clusters,
+        "train": {"batch_sequences": 4 * (clusters.get("k") or 1)},
+    }
+    return parse_recipe(tree)
+
+
+def build(tmp_path: Path, tokenizer: Path, counts: dict[str, int], **clusters: Any) -> dict[str, Any]:
+    made = recipe(write_corpus(tmp_path / "text", counts), tokenizer, **clusters)
+    Stages(RunFolder(tmp_path / "run"), made, say=lambda text: None).run(until="clusters")
+    report: dict[str, Any] = json.loads((tmp_path / "run" / "clusters" / "report.json").read_text(encoding="utf-8"))
     return report
 
 
@@ -125,9 +140,9 @@ def test_sample_takes_equal_shares_as_far_as_there_are_documents() -> None:
     assert sample == stratified_sample(documents, 20, seed=1) != stratified_sample(documents, 20, seed=2)
 
 
-def test_typology_stage_reports_clusters_counts_and_dendrogram(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_typology_stage_reports_clusters_counts_and_dendrogram(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = {"de": 5, "el": 4, "en": 6, "es": 3, "sw": 2, "vi": 1}
-    report = build(tmp_path, counts, partitioner="typology", k=3)
+    report = build(tmp_path, tokenizer, counts, partitioner="typology", k=3)
     assert (report["partitioner"], report["k"], report["method"]) == ("typology", 3, "paired")
     assert report["names"] == ["de-el", "en-es", "sw-vi"]
     assert report["languages"] == sorted(counts)
@@ -139,18 +154,18 @@ def test_typology_stage_reports_clusters_counts_and_dendrogram(tmp_path: Path, c
     assert len(report["merges"]) == 3
     printed = capsys.readouterr().out
     assert "sw and vi are a left-over pair, not relatives" in printed and "de-el" in printed
-    assert load_partitioner(tmp_path / "clusters").names == report["names"]
+    assert load_partitioner(tmp_path / "run" / "clusters").names == report["names"]
 
 
-def test_tfidf_stage_reports_languages_of_each_cluster(tmp_path: Path) -> None:
-    report = build(tmp_path, {"de": 8, "sw": 8}, partitioner="tfidf", k=2, tfidf={"analyzer": "subword"})
+def test_tfidf_stage_reports_languages_of_each_cluster(tmp_path: Path, tokenizer: Path) -> None:
+    report = build(tmp_path, tokenizer, {"de": 8, "sw": 8}, partitioner="tfidf", k=2, tfidf={"analyzer": "subword"})
     assert report["method"] == "tfidf" and report["merges"] == []
     assert sorted(c["languages"] and next(iter(c["languages"])) for c in report["clusters"]) == ["de", "sw"]
     assert any("clusters.tfidf.dimensions = 100" in note for note in report["notes"])
 
 
-def test_a_code_that_uriel_lacks_leaves_the_distances_out_and_says_why(tmp_path: Path) -> None:
-    report = build(tmp_path, {"de": 2, "xx-new": 2}, partitioner="language")
+def test_a_code_that_uriel_lacks_leaves_the_distances_out_and_says_why(tmp_path: Path, tokenizer: Path) -> None:
+    report = build(tmp_path, tokenizer, {"de": 2, "xx-new": 2}, partitioner="language")
     assert report["names"] == ["de", "xx-new"] and report["k"] == 2
     assert report["language_distances"] is None and report["linkage"] is None
     assert "'xx-new'" in report["language_distances_reason"]
@@ -160,14 +175,21 @@ def test_a_code_that_uriel_lacks_leaves_the_distances_out_and_says_why(tmp_path:
     ("counts", "clusters", "message"),
     [
         ({"de": 2, "sw": 2}, {"partitioner": "typology", "k": 3}, r"clusters\.k = 3: more than the 2 languages"),
-        ({"de": 2, "sw": 0}, {"partitioner": "typology", "k": 1}, "language 'sw': no document"),
         ({"de": 2, "xq": 2}, {"partitioner": "typology", "k": 2}, "language 'xq'"),
         ({"de": 2, "sw": 2}, {"partitioner": "language", "k": 3}, "2 languages"),
         ({"de": 2, "sw": 2}, {"partitioner": "tfidf", "k": 5}, "more than the 4 documents"),
-        ({}, {"partitioner": "language"}, "no language"),
     ],
 )
-def test_what_cannot_be_divided_is_an_error(counts: dict[str, int], clusters: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_divided_is_an_error(
+    counts: dict[str, int], clusters: dict[str, Any], message: str, tmp_path: Path, tokenizer: Path
+) -> None:
     with pytest.raises(MegaxelmError, match=message):
-        build(tmp_path, counts, **clusters)
-    assert not list((tmp_path / "clusters").iterdir())
+        build(tmp_path, tokenizer, counts, **clusters)
+    assert not (tmp_path / "run" / "clusters").exists()
+
+
+def test_the_report_page_stands_beside_the_report(tmp_path: Path, tokenizer: Path) -> None:
+    report = build(tmp_path, tokenizer, {"de": 30, "sw": 30}, partitioner="tfidf", k=2, tfidf={"analyzer": "char", "dimensions": 8})
+    assert report["stability"] and report["balance"]["tokens"]
+    page = (tmp_path / "run" / "clusters" / "report.html").read_text(encoding="utf-8")
+    assert "c00" in page and "c01" in page

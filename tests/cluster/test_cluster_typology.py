@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megaxelm.cluster import typology, uriel
+from megaxelm.cluster import linkage, typology, uriel
 from megaxelm.cluster.language import LanguagePartitioner
 from megaxelm.cluster.language_sets import cluster_name, unique_names
 from megaxelm.cluster.load import load_partitioner
+from megaxelm.cluster.mapping import MappingPartitioner
 from megaxelm.cluster.partitioner import Partitioner
+from megaxelm.cluster.random_clusters import RandomPartitioner
 from megaxelm.cluster.typology import TypologyPartitioner
 from megaxelm.corpus.document import Document
 from megaxelm.errors import ClusterError
+from megaxelm.recipe import TypologyConfig
 
 PUBLISHED = ["ar", "bg", "de", "el", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "vi", "zh"]
 UNSEEN = ["az", "he", "pl", "sv"]
@@ -28,9 +32,9 @@ def documents(codes: list[str]) -> list[Document]:
     return [Document(text=f"text in {code}", id=f"{code}/0", language=code) for code in codes]
 
 
-def fitted(k: int, codes: list[str] = PUBLISHED) -> TypologyPartitioner:
-    partitioner = TypologyPartitioner(k)
-    partitioner.fit(documents(codes))
+def fitted(k: int, codes: list[str] = PUBLISHED, tokens: dict[str, int] | None = None, **config: Any) -> TypologyPartitioner:
+    partitioner = TypologyPartitioner(k, TypologyConfig(**config))
+    partitioner.fit(documents(codes), tokens)
     return partitioner
 
 
@@ -88,34 +92,6 @@ def test_only_the_left_over_pairs_are_forced_and_are_named_in_words() -> None:
     assert notes[0].startswith("tr and zh are a left-over pair, not relatives")
 
 
-def test_later_rounds_go_by_the_smallest_distance_of_members() -> None:
-    second = [round(merge.distance, 4) for merge in fitted(4).merges if merge.round == 2]
-    table = uriel.distances(PUBLISHED)
-    for merge, distance in zip(fitted(4).merges[8:], second, strict=True):
-        between = table[np.ix_([PUBLISHED.index(a) for a in merge.left], [PUBLISHED.index(b) for b in merge.right])]
-        assert distance == round(float(between.min()), 4)
-    # By the mean, 0-1 would go with 4-5: their members are equally far; by the smallest, 1 draws 0 to 2-3.
-    near = np.full((8, 8), 0.9)
-    for a, b, distance in [(0, 1, 0.1), (2, 3, 0.1), (4, 5, 0.1), (6, 7, 0.1), (1, 2, 0.3), (5, 6, 0.8)]:
-        near[a, b] = near[b, a] = distance
-    for a in (0, 1):
-        for b in (4, 5):
-            near[a, b] = near[b, a] = 0.5
-    np.fill_diagonal(near, 0)
-    groups, _ = typology.pair_languages(list("abcdefgh"), near, 2)
-    assert sorted("".join(sorted(group)) for group in groups) == ["abcd", "efgh"]
-
-
-def test_a_distant_language_with_its_nearest_neighbour_is_not_forced() -> None:
-    table = np.full((5, 5), 0.1)
-    table[4, :] = table[:, 4] = 0.6
-    table[4, 0] = table[0, 4] = 0.5
-    np.fill_diagonal(table, 0)
-    assert not typology.is_forced(0.5, [0], [4], table)
-    assert typology.is_forced(0.6, [1], [4], table)
-    assert not typology.is_forced(0.1, [1], [2], table)
-
-
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 15])
 def test_other_k_is_agglomerative_and_says_so(k: int) -> None:
     codes = PUBLISHED[:15]
@@ -127,15 +103,56 @@ def test_other_k_is_agglomerative_and_says_so(k: int) -> None:
     assert any("agglomerative" in note for note in partitioner.notes()) == (k != 15)
 
 
-def test_agglomerative_clusters_are_the_cut_of_the_linkage() -> None:
-    from scipy.cluster.hierarchy import cut_tree
+def test_a_method_that_cannot_give_k_is_an_error_and_one_that_was_asked_for_is_taken() -> None:
+    with pytest.raises(ClusterError, match=r"clusters\.k = 5.*16, 8, 4, 2, 1 only.*agglomerative"):
+        fitted(5, method="paired")
+    assert fitted(8, method="paired").names == fitted(8).names
+    asked = fitted(8, method="agglomerative")
+    assert asked.method == "agglomerative" and len(asked.names) == 8 and asked.names != fitted(8).names
+    assert not any("rounds" in note for note in asked.notes())
+    assert any("linkage = single has no part" in note for note in fitted(8, linkage="single").notes())
 
-    tree = typology.language_linkage(PUBLISHED)
-    assert tree.shape == (15, 4)
-    for k in (3, 5, 7):
-        expected = cut_tree(tree, n_clusters=k)[:, 0]
-        labels = fitted(k).assign(documents(PUBLISHED))
-        assert len(set(zip(expected, labels, strict=True))) == k
+
+def test_the_tolerance_widens_the_bound() -> None:
+    tokens = {"de": 10, "en": 10, "es": 10, "sw": 30}
+    tight, wide = (fitted(2, list(tokens), tokens, balance="tokens", tolerance=tolerance) for tolerance in (0.0, 0.5))
+    assert tight.tokens == {"de-en-es": 30, "sw": 30} and tight.describe()["tokens_bound"] == 30
+    assert wide.describe()["tokens_bound"] == 45
+    # The nearest two have 30 tokens together: beyond the bound of 25, within that of 35.
+    near = {"en": 15, "es": 15, "de": 5, "sw": 15}
+    groups = [fitted(2, list(near), near, balance="tokens", tolerance=tolerance).groups for tolerance in (0.0, 0.4)]
+    assert not any({"en", "es"} <= set(group) for group in groups[0].values())
+    assert any({"en", "es"} <= set(group) for group in groups[1].values())
+
+
+def test_a_language_beyond_the_bound_stays_alone_and_is_no_fault() -> None:
+    tokens = {code: 10 for code in PUBLISHED} | {"en": 1000}
+    partitioner = fitted(4, tokens=tokens, balance="tokens", tolerance=0.5)
+    assert ["en"] in partitioner.groups.values() and len(partitioner.names) == 4
+    assert partitioner.method == "agglomerative" and partitioner.describe()["tokens"]["en"] == 1000
+    assert not any("beyond the bound" in note for note in partitioner.notes())
+    assert any("pairing cannot be balanced" in note for note in partitioner.notes())
+
+
+def test_where_the_bound_cannot_be_met_there_are_k_clusters_and_the_note_names_the_one_beyond() -> None:
+    partitioner = fitted(2, ["en", "es", "fr"], {"en": 10, "es": 10, "fr": 10}, balance="tokens", tolerance=0)
+    assert len(partitioner.names) == 2
+    (name,) = [name for name, tokens in partitioner.tokens.items() if tokens == 20]
+    (note,) = [note for note in partitioner.notes() if "beyond the bound" in note]
+    assert note.startswith(f"cluster {name}: 20 tokens, 33% beyond the bound of 15")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "config", "message"),
+    [
+        (None, {}, "not known of en, es"),
+        ({"en": 5}, {}, "not known of es"),
+        ({"en": 5, "es": 5}, {"method": "paired"}, "cannot be balanced"),
+    ],
+)
+def test_tokens_that_cannot_be_balanced_are_an_error(tokens: dict[str, int] | None, config: dict[str, str], message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        fitted(1, ["en", "es"], tokens, balance="tokens", **config)
 
 
 def test_k_above_the_number_of_languages_is_an_error() -> None:
@@ -157,8 +174,47 @@ def test_donors_are_the_nearest_known_languages() -> None:
     found = dict(typology.donors(UNSEEN, PUBLISHED))
     assert {code: ranked[0][0] for code, ranked in found.items()} == {"az": "tr", "he": "ar", "pl": "ru", "sv": "en"}
     assert all([d for _, d in ranked] == sorted(d for _, d in ranked) and len(ranked) == 16 for ranked in found.values())
-    with pytest.raises(ClusterError, match="en given both"):
-        typology.donors(["en"], PUBLISHED)
+
+
+def test_a_donor_does_not_depend_on_what_else_is_asked_for() -> None:
+    # Among so few languages, features that are constant without Swahili vary with it.
+    assert typology.donors(["nl"], ["de", "en"]) == typology.donors(["nl", "sw"], ["de", "en"])[:1]
+    assert uriel.distances(["nl", "de"])[0, 1] != uriel.distances(["nl", "de", "sw"])[0, 1]
+
+
+@pytest.mark.parametrize(
+    ("unseen", "known", "message"),
+    [
+        (["en"], PUBLISHED, "en given both"),
+        ([], PUBLISHED, "no unseen"),
+        (["az"], [], "no known"),
+        (["az", "az"], PUBLISHED, "az given twice"),
+        (["az"], ["en", "en"], "en given twice"),
+    ],
+)
+def test_donors_of_lists_that_make_no_sense_are_errors(unseen: list[str], known: list[str], message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        typology.donors(unseen, known)
+
+
+def test_the_command_donors_needs_no_recipe_and_prints_a_line_a_language(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from megaxelm.cli import app
+
+    def lines(*arguments: str) -> list[str]:
+        app(["cluster", "donors", *arguments], standalone_mode=False)
+        return capsys.readouterr().out.splitlines()
+
+    found = lines(*UNSEEN, "--number", "2")
+    assert [line.split()[:2] for line in found] == [["az:", "tr"], ["he:", "ar"], ["pl:", "ru"], ["sv:", "en"]]
+    assert all(len(line.split()) == 5 for line in found)
+    assert lines("xx", "--among", "en, de", "--distances", str(table_file(tmp_path)))[0] == "xx: de 0.1000  en 0.3000"
+    assert lines("az", "--features", "fam", "--number", "1")[0].startswith("az: tr")
+
+
+def table_file(folder: Path, text: str = ",en,de,xx\nen,0,0.5,0.3\nde,0.5,0,.1\nxx,0.3,1e-1,0\n") -> Path:
+    path = folder / "distances.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def test_codes_of_two_and_three_letters_and_regions_are_one_language() -> None:
@@ -182,7 +238,15 @@ def test_a_language_without_features_is_named() -> None:
     assert uriel.distances(["en", "azj"], "syntax_knn").shape == (2, 2)
 
 
-@pytest.mark.parametrize("features", ["geo", "syntax", "syntax_wikipedia", "colour_average"])
+@pytest.mark.parametrize("features", ["fam", "geo", "syntax_knn", "phonology_average", "inventory_knn", "syntax_wals"])
+def test_every_kind_of_feature_set_gives_distances(features: str) -> None:
+    table = uriel.distances(["en", "de", "fr", "tr"], features)
+    assert (table == table.T).all() and (table[np.triu_indices(4, 1)] > 0).all()
+    if features == "fam":
+        assert table[0, 1] < table[0, 2] < table[0, 3] == 1
+
+
+@pytest.mark.parametrize("features", ["geo_average", "syntax_fam", "syntax", "syntax_wikipedia", "colour_average"])
 def test_an_unknown_feature_set_is_an_error(features: str) -> None:
     with pytest.raises(ClusterError, match="clusters.typology.features"):
         uriel.distances(["en", "de"], features)
@@ -207,7 +271,7 @@ def test_a_script_named_like_lang2vec_is_not_taken_for_it(tmp_path: Path, monkey
 
 def test_one_language_alone_has_distance_zero_and_no_linkage() -> None:
     assert uriel.distances(["sw"]).tolist() == [[0.0]]
-    assert typology.language_linkage(["sw"]).shape == (0, 4)
+    assert linkage.linkage_tree(uriel.distances(["sw"])).shape == (0, 4)
     assert fitted(1, ["sw"]).names == ["sw"]
 
 
@@ -229,10 +293,21 @@ def test_names_that_differ_in_case_only_are_an_error() -> None:
         unique_names([["zh-Hans"], ["zh-hans"]])
 
 
-@pytest.mark.parametrize("partitioner", [TypologyPartitioner(3), TypologyPartitioner(2), LanguagePartitioner()])
-def test_what_is_saved_loads_the_same(partitioner: Partitioner, tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "partitioner",
+    [
+        TypologyPartitioner(3),
+        TypologyPartitioner(2),
+        TypologyPartitioner(2, TypologyConfig(balance="tokens", linkage="complete", tolerance=0)),
+        LanguagePartitioner(),
+        MappingPartitioner({"west": ["en", "de"], "Rest": ["zh", "sw"]}),
+        RandomPartitioner(3, 5),
+    ],
+)
+def test_what_is_saved_loads_the_same(partitioner: Partitioner, tmp_path: Path) -> None:
     codes = ["de", "en", "sw", "zh"]
-    partitioner.fit(documents(codes))
+    partitioner.fit(documents(codes), {"de": 4, "en": 9, "sw": 1, "zh": 3})
+    assert not partitioner.reads_text
     partitioner.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["partitioner.json"]
     loaded = load_partitioner(tmp_path)
@@ -250,7 +325,7 @@ def test_language_partitioner_wants_k_to_be_the_number_of_languages() -> None:
     assert partitioner.assign(documents(["sw", "de", "sw"])).tolist() == [1, 0, 1]
 
 
-def test_every_cut_of_the_file_is_a_cluster_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_every_cut_of_the_file_is_a_cluster_error(tmp_path: Path) -> None:
     fitted(2, ["de", "en", "sw", "zh"]).save(tmp_path)
     path = tmp_path / "partitioner.json"
     whole = path.read_bytes()
@@ -260,12 +335,12 @@ def test_every_cut_of_the_file_is_a_cluster_error(tmp_path) -> None:  # type: ig
             load_partitioner(tmp_path)
 
 
-def test_every_missing_or_strange_entry_is_a_cluster_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_every_missing_or_strange_entry_is_a_cluster_error(tmp_path: Path) -> None:
     fitted(2, ["de", "en", "sw", "zh"]).save(tmp_path)
     path = tmp_path / "partitioner.json"
-    settings = json.loads(path.read_text())
-    for key in settings:
-        for damaged in ({name: value for name, value in settings.items() if name != key}, settings | {key: None}, settings | {key: [7]}):
+    stored = json.loads(path.read_text())
+    for key in stored:
+        for damaged in ({name: value for name, value in stored.items() if name != key}, stored | {key: None}, stored | {key: [7]}):
             path.write_text(json.dumps(damaged))
             with pytest.raises(ClusterError, match="damaged"):
                 load_partitioner(tmp_path)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from reading import Report, read_source
 
 from megaxelm.corpus.catalogs import catalog_sources, choose_locales, num_letters
 from megaxelm.corpus.document import Document
-from megaxelm.corpus.readers import ReadReport, read_source, source_fingerprint
+from megaxelm.corpus.inputs import source_fingerprint
 from megaxelm.errors import CorpusError
 from megaxelm.recipe import CatalogSource, FieldNames
 
@@ -53,9 +54,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def read(*packages: str, share: float = 0.0, **kwargs: int) -> tuple[list[Document], ReadReport]:
-    report = ReadReport()
-    return list(read_source(CatalogSource(catalogs=list(packages), **kwargs), FieldNames(), share, report)), report
+def read(*packages: str, share: float = 0.0, **kwargs: int) -> tuple[list[Document], Report]:
+    return read_source(CatalogSource(catalogs=list(packages), **kwargs), FieldNames(), share)
 
 
 def test_catalogs_are_read_without_importing_the_package(package: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_broken_catalog_is_counted(package: Path) -> None:
     (package / "app/locale/hi/LC_MESSAGES/django.mo").write_bytes(b"\xde\x12\x04\x95 cut")
     documents, report = read("catalog_fixture", share=0.9)
     assert report.broken == 1
-    assert report.examples[0].startswith("catalogs, catalog_fixture/app/hi: not a message catalog")
+    assert report.examples[0].startswith("message catalogs of catalog_fixture, catalog_fixture/app/hi: not a message catalog")
     with pytest.raises(CorpusError, match="message catalogs of catalog_fixture: 1 of"):
         read("catalog_fixture", share=0.1)
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reading import training_documents as read_training
 
 from megaxelm.corpus.document import Document, text_key
-from megaxelm.corpus.prepare import SmallestKeys, load_manifest, prepare_corpus, read_documents, training_documents
+from megaxelm.corpus.prepare import load_manifest, prepare_corpus, read_documents
+from megaxelm.corpus.smallest import SmallestKeys
 from megaxelm.errors import CorpusError
 from megaxelm.recipe import Recipe, parse_recipe
 
@@ -30,8 +32,12 @@ def prepared(tmp_path: Path, **corpus: Any) -> tuple[Recipe, Path, dict[str, Any
     made = recipe(**corpus)
     out = tmp_path / f"corpus{random.random()}"
     out.mkdir()
-    prepare_corpus(made, out)
+    prepare_corpus(made, tmp_path / "shards", out)
     return made, out, load_manifest(out)
+
+
+def training_documents(recipe: Recipe, corpus_folder: Path) -> list[Document]:
+    return read_training(recipe, corpus_folder, corpus_folder.parent / "shards")
 
 
 def rows(language: str, count: int) -> list[tuple[str, str]]:
@@ -141,10 +147,10 @@ def test_broken_documents_are_in_the_manifest(tmp_path: Path) -> None:
 )
 def test_the_smallest_keys_do_not_depend_on_the_order(documents: list[tuple[int, int]], order: random.Random) -> None:
     def kept(pairs: list[tuple[int, int]]) -> list[int]:
-        heap = SmallestKeys(100)
+        heap: SmallestKeys[None] = SmallestKeys(100)
         for key, size in pairs:
-            heap.add(key, Document("x" * size, str(key), "sw"))
-        return [key for key, _ in heap.documents()]
+            heap.add(key, None, size)
+        return [key for key, _, _ in heap.items()]
 
     shuffled = list(documents)
     order.shuffle(shuffled)
@@ -166,3 +172,102 @@ def test_meta_survives_even_with_half_surrogates(tmp_path: Path) -> None:
     _, out, _ = prepared(tmp_path, train=str(path))
     documents = [*read_documents(out / "valid" / "sw.jsonl"), *read_documents(out / "sample" / "sw.jsonl")]
     assert sorted(json.dumps(document.meta) for document in documents) == ['{"n": 5}', '{"title": "x \\ud83d"}']
+
+
+def test_other_languages_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*rows("sw", 5), *rows("en", 30)])
+    made, out, manifest = prepared(tmp_path, train=path, languages=["en"], held_out={"share": 0.2})
+    assert {document.language for document in training_documents(made, out)} == {"en"}
+    assert manifest["skipped_languages"] == {"sw": 5}
+
+
+def test_text_files_share_one_account_of_broken_ones(tmp_path: Path) -> None:
+    (tmp_path / "sw").mkdir()
+    for i in range(9):
+        (tmp_path / "sw" / f"{i}.txt").write_text(f"habari {i}")
+    (tmp_path / "sw" / "9.txt").write_bytes(b"caf\xe9")
+    _, _, manifest = prepared(tmp_path, train=f"{tmp_path}/sw/*.txt", max_bad_share=0.1, held_out={"share": 0.3})
+    assert manifest["broken"]["count"] == 1
+    assert "9.txt: not UTF-8" in manifest["broken"]["examples"][0]
+    with pytest.raises(CorpusError, match="1 of 10"):
+        prepared(tmp_path, train=f"{tmp_path}/sw/*.txt", max_bad_share=0.05)
+
+
+def test_a_source_that_changed_after_the_stage_is_an_error(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", rows("sw", 100)))
+    made, out, _ = prepared(tmp_path, train=str(path), held_out={"share": 0.1})
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"text": "mpya", "language": "sw"}\n')
+    with pytest.raises(CorpusError, match=r"has changed since the corpus stage read it \(a.jsonl\)"):
+        training_documents(made, out)
+
+
+def test_a_change_in_the_middle_of_a_long_file_is_found_when_it_is_read(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", rows("sw", 6000)))
+    assert path.stat().st_size > 4 * 64 * 1024
+    made, out, _ = prepared(tmp_path, train=str(path), held_out={"share": 0.1})
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"sw text number 3000\\n", b"SW text number 3000\\n"))
+    with pytest.raises(CorpusError, match="a.jsonl: has changed since"):
+        training_documents(made, out)
+
+
+def test_repeated_texts_are_left_out_once_asked_for_and_the_first_stays(tmp_path: Path) -> None:
+    for name, start in (("b.jsonl", 0), ("a.jsonl", 5)):
+        texts = [("sw", f"maandishi namba {i} caf\u00e9") for i in range(start, start + 20)]
+        write(tmp_path / name, [*texts, texts[3], ("sw", "maandishi namba 7 cafe\u0301")])
+    arguments: dict[str, Any] = {"train": f"{tmp_path}/*.jsonl", "held_out": {"share": 0.1}}
+    made, out, manifest = prepared(tmp_path, **arguments, deduplicate="exact")
+    documents = training_documents(made, out)
+    keys = [text_key(document.text) for document in documents]
+    assert len(keys) == len(set(keys))
+    plain, other, before = prepared(tmp_path, **arguments)
+    everything = training_documents(plain, other)
+    first: dict[int, Document] = {}
+    for document in everything:
+        first.setdefault(text_key(document.text), document)
+    assert documents == list(first.values())
+    assert manifest["duplicates"] == len(everything) - len(documents) > 0 == before["duplicates"]
+    assert manifest["languages"]["sw"]["train_documents"] == len(documents)
+
+
+def test_near_duplicates_are_left_out_in_any_script(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    letters = [a + b + c for a in "bdkmt" for b in "aeiou" for c in "lnrsw"]
+    words = {"en": letters, "hi": [f"कि{word}" for word in letters], "zh": [chr(0x4E00 + i) for i in range(400)]}
+    lines, expected = [], []
+    for code, known in words.items():
+        joint = "" if code == "zh" else " "
+        for i in range(12):
+            text = draw.choices(known, k=120)
+            lines.append((code, joint.join(text)))
+            expected.append(lines[-1][1])
+            if i % 4 == 0:
+                lines.append((code, joint.join([*text[:60], known[i], *text[61:]])))
+    valid = write(tmp_path / "v.jsonl", [(code, f"x {code}") for code in words])
+    made, out, manifest = prepared(tmp_path, train=write(tmp_path / "a.jsonl", lines), valid=valid, deduplicate="minhash")
+    assert manifest["duplicates"] == 9
+    assert [document.text for document in training_documents(made, out)] == expected
+
+
+def test_languages_are_detected_where_the_recipe_asks(tmp_path: Path) -> None:
+    texts = {
+        "sw": "Watu wote wamezaliwa huru, hadhi na haki zao ni sawa, wote wamejaliwa akili na dhamiri",
+        "de": "Alle Menschen sind frei und gleich an Wuerde und Rechten geboren und mit Vernunft begabt",
+        "ru": "Все люди рождаются свободными и равными в своём достоинстве и правах",
+    }
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(60):
+            code = list(texts)[i % 3]
+            file.write(json.dumps({"id": f"{code}-{i}", "text": f"{texts[code]} {i}"}) + "\n")
+    made, out, manifest = prepared(
+        tmp_path, train=str(tmp_path / "a.jsonl"), language="detect", held_out={"share": 0.1}, languages=["de", "sw"]
+    )
+    documents = training_documents(made, out)
+    assert {document.language for document in documents} == {"de", "sw"}
+    made, out, manifest = prepared(tmp_path, train=str(tmp_path / "a.jsonl"), language="detect", held_out={"share": 0.1})
+    documents = training_documents(made, out)
+    assert documents and all(document.id.startswith(document.language) for document in documents)
+    assert set(manifest["languages"]) == set(texts)
+    with pytest.raises(CorpusError, match="corpus.language = detect: the detector does not know xq"):
+        prepared(tmp_path, train=str(tmp_path / "a.jsonl"), language="detect", languages=["xq"])

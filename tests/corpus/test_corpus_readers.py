@@ -9,22 +9,21 @@ from typing import Any
 
 import pytest
 import zstandard
+from reading import Report, read_source
 
 from megaxelm.corpus.document import Document, text_key
-from megaxelm.corpus.readers import ReadReport, read_source, source_fingerprint
+from megaxelm.corpus.inputs import list_inputs, source_fingerprint
+from megaxelm.corpus.readers import Mark, Tally, read_rows
 from megaxelm.errors import CorpusError
-from megaxelm.recipe import FieldNames, FileSource, HuggingFaceSource
+from megaxelm.recipe import CorpusConfig, FieldNames, FileSource, HuggingFaceSource
 
 ROWS = [{"id": f"d{i}", "language": "sw", "text": f"habari ya {i}\nleo", "source": "x"} for i in range(5)]
 
 
-def read(
-    path: Path | str | list[str], share: float = 0.01, languages: list[str] | None = None, **kwargs: Any
-) -> tuple[list[Document], ReadReport]:
+def read(path: Path | str | list[str], share: float = 0.01, **kwargs: Any) -> tuple[list[Document], Report]:
     fields = kwargs.pop("fields", FieldNames())
-    report = ReadReport()
     files = path if isinstance(path, list) else [str(path)]
-    return list(read_source(FileSource(files=files, **kwargs), fields, share, report, languages)), report
+    return read_source(FileSource(files=files, **kwargs), fields, share)
 
 
 def jsonl(rows: list[Any]) -> bytes:
@@ -102,10 +101,11 @@ def test_too_many_broken_documents_stop_the_reading(tmp_path: Path) -> None:
 
 def test_a_file_that_is_wrong_all_through_is_not_read_to_its_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"no json\n" * 100_000)
-    report = ReadReport()
+    source = FileSource(files=[str(tmp_path / "a.jsonl")])
+    tally = Tally("a.jsonl", CorpusConfig(train=[source]))
     with pytest.raises(CorpusError, match="100 of 100"):
-        list(read_source(FileSource(files=[str(tmp_path / "a.jsonl")]), FieldNames(), 0.01, report))
-    assert len(report.examples) == 20
+        list(read_rows(list_inputs([source])[0], source, tally))
+    assert len(tally.examples) == 20
 
 
 @pytest.mark.parametrize(
@@ -133,20 +133,6 @@ def test_ids_are_stable_and_never_a_path(tmp_path: Path) -> None:
     assert first[2].id == "7"
 
 
-def test_other_languages_are_skipped_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl([*ROWS, {"text": "hello", "language": "en"}]))
-    documents, report = read(tmp_path / "a.jsonl", languages=["en"])
-    assert [document.language for document in documents] == ["en"]
-    assert report.skipped == {"sw": 5}
-
-
-@pytest.mark.parametrize("code", ["../x", "a b", "", "x" * 40, "sw/ke"])
-def test_a_language_that_cannot_name_a_file_is_an_error(tmp_path: Path, code: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "habari", "language": code}]))
-    with pytest.raises(CorpusError, match="line 1|corpus.max_bad_share"):
-        read(tmp_path / "a.jsonl")
-
-
 def test_text_files_take_their_language_from_the_folder(tmp_path: Path) -> None:
     for language in ("sw", "zh"):
         (tmp_path / language).mkdir()
@@ -154,18 +140,6 @@ def test_text_files_take_their_language_from_the_folder(tmp_path: Path) -> None:
     documents, _ = read(f"{tmp_path}/**/*.txt")
     assert [(document.language, document.text) for document in documents] == [("sw", "mstari\n\nwa pili\n"), ("zh", "mstari\n\nwa pili\n")]
     assert {document.language for document in read(f"{tmp_path}/*/*.txt", language="en")[0]} == {"en"}
-
-
-def test_text_files_share_one_account_of_broken_ones(tmp_path: Path) -> None:
-    (tmp_path / "sw").mkdir()
-    for i in range(9):
-        (tmp_path / "sw" / f"{i}.txt").write_text("habari")
-    (tmp_path / "sw" / "9.txt").write_bytes(b"caf\xe9")
-    documents, report = read(f"{tmp_path}/sw/*.txt", share=0.1)
-    assert (len(documents), report.broken) == (9, 1)
-    assert "9.txt is not UTF-8" in report.examples[0]
-    with pytest.raises(CorpusError, match="1 of 10"):
-        read(f"{tmp_path}/sw/*.txt", share=0.05)
 
 
 def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
@@ -218,15 +192,14 @@ def test_a_local_hugging_face_dataset_is_streamed(tmp_path: Path, monkeypatch: p
     folder = tmp_path / "swahili"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(jsonl(ROWS))
-    report = ReadReport()
     source = HuggingFaceSource(huggingface=str(folder))
-    documents = list(read_source(source, FieldNames(), 0.01, report))
+    documents, _ = read_source(source)
     assert [document.id for document in documents] == [row["id"] for row in ROWS]
     with pytest.raises(CorpusError, match="the fields are: id, language, text, source"):
-        list(read_source(source, FieldNames(text="body"), 0.01, ReadReport()))
+        read_source(source, FieldNames(text="body"))
     with pytest.raises(CorpusError, match="check `huggingface:`"):
-        list(read_source(HuggingFaceSource(huggingface=str(folder), split="nothing"), FieldNames(), 0.01, ReadReport()))
-    name = "huggingface:swahili:default:train"
+        read_source(HuggingFaceSource(huggingface=str(folder), split="nothing"))
+    name = "swahili:default:train"
     before = source_fingerprint([source])
     assert list(before) == [name]
     (folder / "train.jsonl").write_bytes(jsonl(ROWS[:4]))
@@ -249,3 +222,52 @@ def test_the_fingerprint_follows_content_and_not_place(tmp_path: Path) -> None:
 def test_the_text_key_does_not_see_the_normal_form() -> None:
     assert text_key("caf\u00e9") == text_key("cafe\u0301")
     assert text_key("cafe") != text_key("caf\u00e9")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "huggingface"])
+def test_reading_goes_on_from_any_mark(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [{"id": f"d{i}", "language": "sw", "text": f"habari \u00e9\u6f22 {i}\n" * (i % 3 + 1)} for i in range(23)]
+    folder = tmp_path / "sw"
+    folder.mkdir()
+    source: FileSource | HuggingFaceSource = FileSource(files=[f"{folder}/*.{kind}"])
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=5)
+    elif kind == "txt":
+        for i, row in enumerate(rows):
+            (folder / f"{i:02}.txt").write_text(row["text"], encoding="utf-8")
+    elif kind == "huggingface":
+        (folder / "train.jsonl").write_bytes(jsonl(rows))
+        source = HuggingFaceSource(huggingface=str(folder))
+    else:
+        (folder / f"a.{kind}").write_bytes(packed(jsonl([*rows[:7], b"{broken\n", b"\n", *rows[7:]]), kind.removeprefix("jsonl")))
+    corpus = CorpusConfig(train=[source], max_bad_share=0.5)
+    (item,) = list_inputs([source])
+    whole = list(read_rows(item, source, Tally("a", corpus)))
+    assert [row.text for row in whole] == [row["text"] for row in rows]
+    for number in (0, 1, 4, 5, 6, 7, 12, 22):
+        assert list(read_rows(item, source, Tally("a", corpus), whole[number].mark)) == whole[number:]
+    assert whole[0].mark == Mark(0, 0)
+
+
+def test_a_file_behind_fsspec_is_read_like_a_local_one(tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for name, data in (("x/b.jsonl.zst", packed(jsonl(ROWS[3:]), ".zst")), ("x/a.jsonl", jsonl(ROWS[:3]))):
+        with store.open(f"memory://bucket/{name}", "wb") as file:
+            file.write(data)
+    try:
+        documents, _ = read("memory://bucket/x/*.jsonl*")
+        assert [document.id for document in documents] == [row["id"] for row in ROWS]
+        before = source_fingerprint([FileSource(files=["memory://bucket/x/*"])])
+        assert list(before) == ["memory:///bucket/x/a.jsonl", "memory:///bucket/x/b.jsonl.zst"]
+        with pytest.raises(CorpusError, match="matches no file; check the address"):
+            read("memory://bucket/y/*.jsonl")
+        with pytest.raises(CorpusError, match="cannot be reached"):
+            read("nostore://bucket/x")
+    finally:
+        store.rm("/bucket", recursive=True)

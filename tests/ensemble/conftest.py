@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ class ByteTokenizer:
 class CharSpace:
     """A vector space with one axis a byte; the text so far is the normalised count."""
 
-    analyzer = SimpleNamespace(name="subword")
+    reads_text = False
 
     def start(self) -> torch.Tensor:
         return torch.zeros(VOCABULARY, dtype=torch.float64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ TEXTS = [
 class FixedVector:
     """A space whose every text has the same vector."""
 
-    analyzer = SimpleNamespace(name="subword")
+    reads_text = False
 
     def __init__(self, vector: list[float]) -> None:
         self._vector = np.array(vector, dtype=np.float32)
@@ -91,7 +90,7 @@ class CharacterIds:
         return "".join(map(chr, ids))
 
 
-@pytest.mark.parametrize("analyzer", ["subword", "char"])
+@pytest.mark.parametrize("analyzer", ["subword", "char", "word"])
 def test_tfidf_follows_the_text_token_by_token(analyzer: str) -> None:
     tokenizer = CharacterIds()
     space = TfidfSpace.fit(TEXTS, TfidfConfig(analyzer=analyzer, dimensions=4), 0, tokenizer)
@@ -105,7 +104,8 @@ def test_tfidf_follows_the_text_token_by_token(analyzer: str) -> None:
     for position in range(4, len(ids)):
         whole = torch.from_numpy(space.transform([text[:position]]))
         assert torch.allclose(along[position - 4], router.of_vectors(whole)[0], atol=1e-4)  # type: ignore[attr-defined]
-    assert int(along[-1].argmax()) == 1
+    # A sentence has too few whole words in common with the five others to tell by them.
+    assert analyzer == "word" or int(along[-1].argmax()) == 1
 
 
 @pytest.mark.parametrize("name", ["language", "tfidf", "posterior", "uniform", "fixed"])

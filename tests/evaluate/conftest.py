@@ -43,7 +43,15 @@ def write_byte_tokenizer(folder: Path) -> None:
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
     fingerprint = xxhash.xxh3_128_hexdigest((folder / "tokenizer.json").read_bytes())
-    settings = {"begin_of_document": True, "bos_id": 1, "eos_id": 2, "vocab_size": 260, "fingerprint": fingerprint, "trained": True}
+    settings = {
+        "begin_of_document": True,
+        "bos_id": 1,
+        "eos_id": 2,
+        "vocab_size": 260,
+        "fingerprint": fingerprint,
+        "trained": False,
+        "name": "bytes",
+    }
     (folder / "megaxelm_tokenizer.json").write_text(json.dumps(settings))
 
 

@@ -158,21 +158,24 @@ VERIFY = ["index", "verify"]
         ("index/manifest.json", VERIFY),
         ("corpus/manifest.json", "tokenizer"),
         ("corpus/stage.json", "clusters"),
-        ("tokenizer/megaxelm_tokenizer.json", "index"),
-        ("corpus/valid/keys.npy", "index"),
-        ("clusters/partitioner.json", "index"),
+        ("tokenizer/megaxelm_tokenizer.json", "tokens"),
+        ("corpus/kept/*.npy", "tokens"),
+        ("tokens/manifest.json", "clusters"),
+        ("clusters/report.json", "index"),
+        ("clusters/assignment/*.npy", "index"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(
     capsys: pytest.CaptureFixture[str], indexed_run: Path, file: str, verb: str | list[str], content: bytes
 ) -> None:
-    (indexed_run / file).write_bytes(content)
+    path = next(indexed_run.glob(file))
+    path.write_bytes(content)
     if isinstance(verb, str):
         arguments = ["run", indexed_run / "recipe.yaml", "--runs", indexed_run.parent, "--only", verb]
     else:
         arguments = [*verb, indexed_run]
     code, _, errors = command(capsys, *arguments)
-    assert code == 2 and file.split("/")[-1] in errors and "Traceback" not in errors, errors
+    assert code == 2 and path.name in errors and "Traceback" not in errors, errors
 
 
 def test_damaged_documents_are_named(capsys: pytest.CaptureFixture[str], indexed_run: Path) -> None:

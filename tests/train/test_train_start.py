@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import load_tokenizer_of, run_module
 
-from megaxelm.corpus.build import open_streams
+from megaxelm.corpus.index_folder import open_streams
 from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import ModelError

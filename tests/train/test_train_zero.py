@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_run import REPOSITORY, run_module
 
-from megaxelm.corpus.build import open_streams
+from megaxelm.corpus.index_folder import open_streams
 from megaxelm.corpus.packing import pack
 from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def plain_torch(run: Path) -> tuple[list[float], Decoder]:
     losses = []
     for step in range(member.steps):
         first = step * member.batch_sequences
-        batch = pack([blend.sample(number) for number in range(first, first + member.batch_sequences)], config.document_mask)
+        batch = pack(blend.read(first, member.batch_sequences), config.document_mask)
         optimizer.zero_grad()
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
         loss = torch.nn.functional.cross_entropy(model.logits(hidden).float(), batch.labels, ignore_index=-100)
