@@ -1,10 +1,11 @@
-"""Weights of the tfidf router before every token of a document: token by token against vectorising each prefix again.
+"""Weights of the tfidf router before every token of a document: by updates, against vectorising each prefix again.
 
     python benchmarks/router_vectors.py [--tokens 2048] [--analyzers subword,char,word] [--repeats 3]
 
 The document is drawn from a Zipf distribution over 20,000 words, two tokens each; the space has 100 dimensions, and there are 16 experts.
-Both ways start from the same token ids (subword) or pieces of text (char, word), run in turn on one core, and give one vector a token; the
-weights are computed of these vectors. Vectorising again is done for every prefix, none is left out, and weights are compared first.
+The updates come in two forms: of a whole text, as in scoring, and one by one, as in generation. All start from the same token ids (subword)
+or pieces of text (char, word), run in turn on one core, and give one vector a token; the weights are computed of these vectors. Vectorising
+again is done for every prefix, none is left out, and weights are compared.
 Prints a table, then one JSON line.
 """
 
@@ -64,18 +65,20 @@ def measure(analyzer: str = "subword", tokens: int = 2048, repeats: int = 3) -> 
     pieces = tokenizer.pieces(text)[:tokens]
     ids = [tokenizer.numbers.setdefault(piece, len(tokenizer.numbers)) for piece in pieces]
     parts: Sequence[Any] = pieces if space.reads_text else ids
-    incremental, again, found = [], [], {"incremental": _incremental(space, parts)}
+    ways = {"whole_text": (_whole_text, _ROUNDS), "one_by_one": (_one_by_one, _ROUNDS), "again": (_again, 1)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
     for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(_ROUNDS):
-            _incremental(space, parts)
-        incremental.append((time.perf_counter() - began) / _ROUNDS)
-        began = time.perf_counter()
-        found["again"] = _again(space, parts)
-        again.append(time.perf_counter() - began)
+        for name, (way, rounds) in ways.items():
+            began = time.perf_counter()
+            for _ in range(rounds):
+                found[name] = way(space, parts)
+            seconds[name].append((time.perf_counter() - began) / rounds)
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
     weights = {name: router.of_vectors(torch.from_numpy(vectors)).exp().numpy() for name, vectors in found.items()}
-    vector_gap = float(np.abs(found["incremental"] - found["again"]).max())
-    weight_gap = float(np.abs(weights["incremental"] - weights["again"]).max())
+    vector_gap, weight_gap = (
+        max(float(np.abs(values[name] - values["again"]).max()) for name in ("whole_text", "one_by_one")) for values in (found, weights)
+    )
     assert vector_gap <= _BOUND and weight_gap <= _BOUND, f"{analyzer}: vectors differ by {vector_gap:.1e}, weights by {weight_gap:.1e}"
     return {
         "analyzer": analyzer,
@@ -83,16 +86,20 @@ def measure(analyzer: str = "subword", tokens: int = 2048, repeats: int = 3) -> 
         "terms": len(space.codes),
         "dimensions": space.dimensions,
         "repeats": repeats,
-        "incremental_s": _spread(incremental),
-        "again_s": _spread(again),
-        "times_faster": round(float(np.median(again) / np.median(incremental)), 1),
+        "seconds": {name: _spread(values) for name, values in seconds.items()},
+        "times_faster": {name: round(medians["again"] / medians[name], 1) for name in ("whole_text", "one_by_one")},
         "vector_difference": vector_gap,
         "weight_difference": weight_gap,
     }
 
 
-def _incremental(space: TfidfSpace, parts: Sequence[Any]) -> np.ndarray:
-    """Vectors before each part, [parts, dimensions]."""
+def _whole_text(space: TfidfSpace, parts: Sequence[Any]) -> np.ndarray:
+    """Vectors before each part, [parts, dimensions], as the router asks for them when a whole text is scored."""
+    return space.prefixes(space.start(), parts)
+
+
+def _one_by_one(space: TfidfSpace, parts: Sequence[Any]) -> np.ndarray:
+    """The same, as the router asks for them while text is generated."""
     state, vectors = space.start(), []
     for part in parts:
         vectors.append(space.vector(state))
@@ -112,6 +119,19 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": median, "p10": low, "p90": high}
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The measurements as lines of text."""
+    lines = [
+        f"{'analyzer':<10} {'whole text':>14} {'one by one':>14} {'every prefix again':>20} {'times faster':>16} {'weights differ by':>19}"
+    ]
+    for result in results:
+        times = [result["seconds"][name]["median"] * 1e3 for name in ("whole_text", "one_by_one", "again")]
+        faster = " / ".join(f"{value:.0f}" for value in result["times_faster"].values())
+        shown = f"{times[0]:>11.1f} ms {times[1]:>11.1f} ms {times[2]:>17.1f} ms {faster:>16} {result['weight_difference']:>19.1e}"
+        lines.append(f"{result['analyzer']:<10} {shown}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
@@ -120,11 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = [measure(analyzer, options.tokens, options.repeats) for analyzer in options.analyzers.split(",")]
-    print(f"{'analyzer':<10} {'token by token':>16} {'every prefix again':>20} {'times faster':>14} {'weights differ by':>19}")
-    for result in results:
-        times = [result[name]["median"] * 1e3 for name in ("incremental_s", "again_s")]
-        shown = f"{times[0]:>13.1f} ms {times[1]:>17.1f} ms {result['times_faster']:>14.1f} {result['weight_difference']:>19.1e}"
-        print(f"{result['analyzer']:<10} {shown}")
+    print(table(results))
     print(json.dumps({"benchmark": "router_vectors", "numpy": np.__version__, "torch": torch.__version__, "results": results}))
 
 

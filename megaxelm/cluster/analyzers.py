@@ -20,7 +20,7 @@ from megaxelm.errors import ClusterError
 
 _MASK = (1 << 64) - 1
 _FACTOR = 0x9E3779B97F4A7C15  # odd, with bits spread evenly (2^64 over the golden ratio)
-_PAIR_SHIFT = 32
+PAIR_SHIFT = 32
 _LONGEST = 4
 _INTEGERS = (int, np.integer)
 
@@ -90,7 +90,7 @@ class SubwordAnalyzer:
     def codes(self, symbols: NDArray[np.integer]) -> NDArray[np.uint64]:
         """Codes of the ids and of the pairs."""
         ids = symbols.astype(np.uint64) + np.uint64(1)
-        return np.concatenate([ids, (ids[:-1] << np.uint64(_PAIR_SHIFT)) | ids[1:]])
+        return np.concatenate([ids, (ids[:-1] << np.uint64(PAIR_SHIFT)) | ids[1:]])
 
     def push(self, state: TermState, piece: int | Sequence[int] | str) -> list[int]:
         """Codes that come with one token id or several."""
@@ -101,7 +101,7 @@ class SubwordAnalyzer:
             code = int(token) + 1
             found.append(code)
             if state.context:
-                found.append(state.context[0] << _PAIR_SHIFT | code)
+                found.append(state.context[0] << PAIR_SHIFT | code)
             state.context = (code,)
         return found
 

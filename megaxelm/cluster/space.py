@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaxelm.cluster.analyzers import Analyzer, SubwordAnalyzer, TermState, TextEncoder, make_analyzer
+from megaxelm.cluster.analyzers import PAIR_SHIFT, Analyzer, SubwordAnalyzer, TermState, TextEncoder, make_analyzer
 from megaxelm.cluster.state import damaged_is_an_error, read_state, write_state
 from megaxelm.errors import ClusterError
 from megaxelm.recipe import TfidfConfig
@@ -154,6 +154,31 @@ class TfidfSpace:
         # As `_normalised` of one row, whose cost here would be mostly that of calling numpy.
         length = math.sqrt(total.dot(total))
         return (total / length if length > 0 else total).astype(np.float32)
+
+    def prefixes(self, state: SpaceState, pieces: Sequence[Any]) -> NDArray[np.float32]:
+        """Vectors before each of the pieces that follow, [pieces, dimensions], as `vector` and `push` in turn give them.
+
+        `pieces` are token ids (subword), done all at once, or texts (char, word). `state` stays as it is.
+        """
+        if not len(pieces):
+            return np.zeros((0, self.dimensions), dtype=np.float32)
+        if self.reads_text:
+            state, found = state.copy(), []
+            for piece in pieces:
+                found.append(self.vector(state))
+                self.push(state, piece)
+            return np.stack(found)
+        # Terms that end in a token: itself and the pair with the one before.
+        ids = np.asarray(pieces[:-1], dtype=np.int64).astype(np.uint64) + np.uint64(1)
+        before = np.concatenate([np.array(state.terms.context[:1], np.uint64), ids])[:-1]
+        pairs = before << np.uint64(PAIR_SHIFT) | ids[len(ids) - len(before) :]
+        totals = np.zeros((len(pieces), self.dimensions))
+        totals[0] = state.total
+        for first, codes in ((1, ids), (1 + len(ids) - len(pairs), pairs)):
+            columns = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
+            known = np.flatnonzero(self.codes[columns] == codes)
+            totals[first + known] += self._rows[columns[known]]
+        return _normalised(np.cumsum(totals, axis=0, out=totals))
 
     def save(self, folder: Path, name: str = "space") -> None:
         """Write `<name>.json` and `<name>.safetensors`."""

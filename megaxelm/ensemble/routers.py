@@ -45,6 +45,8 @@ class Space(Protocol):
 
     def vector(self, state: Any) -> Any: ...
 
+    def prefixes(self, state: Any, token_ids: Sequence[int]) -> Any: ...
+
 
 class Router(Protocol):
     """A rule that turns the text so far into weights of experts."""
@@ -228,13 +230,9 @@ class TfidfRouter(_Base):
                 self.space.push(row, [token])
 
     def along(self, request: Request, tokens: Sequence[int], expert_logprobs: Tensor | None = None) -> Tensor:
-        state, vectors = self.start([request])[0], []
-        for token in tokens:
-            vectors.append(np.array(self.space.vector(state)))
-            self.space.push(state, [token])
-        if not vectors:
+        if not len(tokens):
             return torch.empty(0, self.num_experts, dtype=torch.float64)
-        return self.of_vectors(torch.from_numpy(np.stack(vectors)))
+        return self.of_vectors(torch.from_numpy(self.space.prefixes(self.start([request])[0], tokens)))
 
 
 class PosteriorRouter(_Base):

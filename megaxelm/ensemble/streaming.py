@@ -68,3 +68,7 @@ class TextSpace:
     def vector(self, state: tuple[Any, TextStream]) -> Any:
         """Vector of the text so far, [dimensions]."""
         return self._space.vector(state[0])
+
+    def prefixes(self, state: tuple[Any, TextStream], token_ids: Sequence[int]) -> Any:
+        """Vectors before each token that follows, [tokens, dimensions]; `state` goes on to their end."""
+        return self._space.prefixes(state[0], [state[1].push([token]) for token in token_ids])

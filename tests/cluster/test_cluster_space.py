@@ -286,3 +286,33 @@ def test_damaged_files_are_cluster_errors(tmp_path: Path) -> None:
     arrays.unlink()
     with pytest.raises(ClusterError, match="space.json"):
         TfidfSpace.load(tmp_path, "space")
+
+
+class Characters:
+    """A stand-in for the tokenizer: one token a character."""
+
+    fingerprint = "characters"
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[ord(character) for character in text] for text in texts]
+
+
+@pytest.mark.parametrize("analyzer", ["subword", "char", "word"])
+@pytest.mark.parametrize("already", [0, 1, 5])
+def test_vectors_of_all_prefixes_are_those_of_one_push_after_the_other(analyzer: str, already: int) -> None:
+    texts = [f"the small house number {i} stands by the {i * i} river" for i in range(30)]
+    space = TfidfSpace.fit(texts, TfidfConfig(analyzer=analyzer, dimensions=6), 0, Characters())
+    text = "a small house stands by 25 rivers number 9"
+    pieces = [ord(character) for character in text] if analyzer == "subword" else list(text)
+    for length in (0, 1, 2, len(pieces)):
+        state, other = space.start(), space.start()
+        for piece in pieces[:already]:
+            space.push(state, piece)
+            space.push(other, piece)
+        expected = []
+        for piece in pieces[already : already + length]:
+            expected.append(space.vector(state))
+            space.push(state, piece)
+        found = space.prefixes(other, pieces[already : already + length])
+        assert found.shape == (len(expected), space.dimensions)
+        np.testing.assert_allclose(found, np.array(expected).reshape(found.shape), atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,13 @@ class CharSpace:
 
     def vector(self, state: torch.Tensor):  # type: ignore[no-untyped-def]
         return (state / state.norm().clamp_min(1e-30)).float().numpy()
+
+    def prefixes(self, state: torch.Tensor, token_ids: Sequence[int]):  # type: ignore[no-untyped-def]
+        state, found = state.clone(), []
+        for token in token_ids:
+            found.append(self.vector(state))
+            self.push(state, [token])
+        return np.stack(found)
 
 
 def random_decoder(seed: int, max_positions: int = 128) -> Decoder:
