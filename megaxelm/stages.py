@@ -15,7 +15,15 @@ from megaxelm.errors import StageError
 from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
-from megaxelm.train.members import Member, account, account_text, find_member, member_settings, plan_members
+from megaxelm.train.members import (
+    Member,
+    account,
+    account_text,
+    check_language_weights,
+    find_member,
+    member_settings,
+    plan_members,
+)
 
 STAGES = ("corpus", "tokenizer", "tokens", "clusters", "index", "seed", "experts", "ensemble", "evaluation", "report")
 _STAGE_VERSION = 1
@@ -308,8 +316,11 @@ class Stages:
         build_tokenizer(self.recipe, self.folder.folder("corpus"), out)
 
     def _make_tokens(self, out: Path) -> None:
+        from megaxelm.corpus.prepare import load_manifest
         from megaxelm.corpus.tokens import build_tokens
 
+        # A weight that is missing would else be told when training begins.
+        check_language_weights(self.recipe, load_manifest(self.folder.folder("corpus"))["languages"])
         build_tokens(self.recipe, self.folder.folder("corpus"), self.folder.folder("tokenizer"), self._shards(), out)
 
     def _make_clusters(self, out: Path) -> None:

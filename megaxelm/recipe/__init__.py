@@ -1,34 +1,33 @@
 """The one configuration of a run: YAML in, strict pydantic models out. `load_recipe(path, overrides)` is the entry."""
 
-from megaxelm.recipe.load import dump_recipe, load_recipe, parse_recipe
-from megaxelm.recipe.reference import recipe_docs
-from megaxelm.recipe.schema import (
+from megaxelm.recipe.clusters import ClustersConfig, TfidfConfig, TypologyConfig
+from megaxelm.recipe.corpus import (
     CatalogSource,
-    ClustersConfig,
     CorpusConfig,
-    EnsembleConfig,
-    EvaluationConfig,
     ExecutorConfig,
-    ExpertsConfig,
-    ExportConfig,
     FieldNames,
     FileSource,
     HeldOutConfig,
     HuggingFaceSource,
     MinhashConfig,
+    SlurmConfig,
+    Source,
+    TokenizerConfig,
+)
+from megaxelm.recipe.load import dump_recipe, load_recipe, parse_recipe
+from megaxelm.recipe.reference import recipe_docs
+from megaxelm.recipe.schema import (
+    EnsembleConfig,
+    EvaluationConfig,
+    ExpertsConfig,
+    ExportConfig,
     ModelConfig,
     Recipe,
     RouterName,
-    Section,
     SeedConfig,
-    SlurmConfig,
-    Source,
-    TfidfConfig,
-    TokenizerConfig,
     TrainConfig,
-    TypologyConfig,
-    result_settings,
 )
+from megaxelm.recipe.section import Section, result_settings
 
 __all__ = [
     "CatalogSource",

@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from megaxelm.errors import RecipeError
-from megaxelm.recipe.schema import SOURCE_KINDS, CatalogSource, FileSource, HuggingFaceSource, Recipe
+from megaxelm.recipe.corpus import SOURCE_KINDS, CatalogSource, FileSource, HuggingFaceSource
+from megaxelm.recipe.schema import Recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import yaml
 
-from megaxelm.recipe.schema import CatalogSource, CorpusConfig, FileSource, HuggingFaceSource, Recipe, Section, Source
+from megaxelm.recipe.corpus import CatalogSource, CorpusConfig, FileSource, HuggingFaceSource, Source
+from megaxelm.recipe.schema import Recipe
+from megaxelm.recipe.section import Section
 
 
 def recipe_docs() -> str:
@@ -15,7 +17,7 @@ def recipe_docs() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Made by `megaxelm recipe docs` from the docstrings in `megaxelm/recipe/schema.py`; do not edit. A field marked *no effect on",
+        "Made by `megaxelm recipe docs` from the docstrings in `megaxelm/recipe/`; do not edit. A field marked *no effect on",
         "results* can change without anything being made again. Any field can be set on the command line: `--set section.field=value`.",
         "",
     ]

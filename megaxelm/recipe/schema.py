@@ -1,4 +1,4 @@
-"""The recipe's schema: one pydantic model a section, strict about names.
+"""The recipe's schema: one pydantic model a section, strict about names. Text and clusters have modules of their own.
 
 The docstring under each field is its documentation: `docs/recipe.md` is made from them. A field marked `affects_result=False` may
 change without anything being made again.
@@ -6,251 +6,13 @@ change without anything being made again.
 
 from __future__ import annotations
 
-import difflib
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
-from pydantic.config import JsonDict
+from pydantic import Field, field_validator, model_validator
 
-_NO_EFFECT: JsonDict = {"affects_result": False}
-
-
-class Section(BaseModel):
-    """Base of every part of the recipe: strict about names, documented by the text under each field."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False)
-
-
-class FieldNames(Section):
-    """Which fields of a JSON line or table row hold what."""
-
-    text: str = "text"
-    """Name of the field that holds the text."""
-    id: str = "id"
-    """Name of the field that holds a stable identifier; documents without it get a hash of language and text."""
-    language: str = "language"
-    """Name of the field that holds the language code."""
-    domain: str = "domain"
-    """Name of the field that holds the topic or source, where there is one: the cluster report compares the clusters with it."""
-
-
-class FileSource(Section):
-    """Documents from files. A plain string in the recipe is short for `files:`."""
-
-    files: list[str] = Field(min_length=1)
-    """Globs or paths of files, relative to the current folder, or addresses that fsspec knows (`s3://bucket/*.jsonl.zst`, `hf://...`).
-    Sorted by name before reading."""
-    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
-    """`auto` goes by the ending: .jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .txt. `text`: one document a file."""
-    language: str | None = None
-    """Language of every document here. Without it the field of the document says, or for text files the folder's name."""
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-class HuggingFaceSource(Section):
-    """A dataset by its Hugging Face name, streamed with `datasets`."""
-
-    huggingface: str
-    """Name on the hub, or a local folder that `datasets.load_dataset` understands, e.g. `allenai/c4`."""
-    config: str | None = None
-    """Configuration name of the dataset, e.g. `sw`."""
-    data_files: list[str] | None = None
-    """Globs of files inside the dataset, to read only part of it."""
-    split: str = "train"
-    """Split to read."""
-    language: str | None = None
-    """Language of every document here; without it the language field of the row says."""
-
-
-class CatalogSource(Section):
-    """Message catalogs (gettext .mo) of installed Python packages: real multilingual text without a download."""
-
-    catalogs: list[str] = Field(min_length=1)
-    """Names of installed import packages, e.g. `django`. English is the message id."""
-    min_letters: int = Field(25, ge=1)
-    """Messages with fewer letters are left out."""
-    messages_per_document: int = Field(12, ge=1)
-    """Messages of one catalog that are joined, one a line, into one document."""
-
-
-SOURCE_KINDS = ("files", "huggingface", "catalogs")
-
-
-def _source_kind(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        return {HuggingFaceSource: "huggingface", CatalogSource: "catalogs"}.get(type(value), "files")
-    if isinstance(value, dict):
-        # A misspelt `catalog:` is read as the kind that it is nearest to, so that the error names the right keys.
-        for key in value:
-            near = difflib.get_close_matches(str(key), SOURCE_KINDS, n=1, cutoff=0.8)
-            if near:
-                return near[0]
-    return "files"
-
-
-Source = Annotated[
-    Annotated[FileSource, Tag("files")] | Annotated[HuggingFaceSource, Tag("huggingface")] | Annotated[CatalogSource, Tag("catalogs")],
-    Discriminator(_source_kind),
-]
-
-
-def _as_sources(value: Any) -> Any:
-    values = value if isinstance(value, list) else [value]
-    return [{"files": item} if isinstance(item, str) else item for item in values]
-
-
-class HeldOutConfig(Section):
-    """Documents kept from training when no `corpus.valid` is given, chosen by a stable hash of the NFC-normalised text."""
-
-    share: float = Field(0.02, gt=0, lt=0.5)
-    """Share of the documents of each language."""
-
-
-class MinhashConfig(Section):
-    """Near-duplicates by MinHash (datatrove): two documents are alike when all hashes of at least one bucket agree."""
-
-    n_grams: int = Field(5, ge=1)
-    """Words of a shingle."""
-    buckets: int = Field(14, ge=1)
-    """Buckets of the signature."""
-    hashes_per_bucket: int = Field(8, ge=1)
-    """Hashes of a bucket. Documents whose shingles agree by about (1 / buckets)^(1 / hashes_per_bucket) are found: .72 as it stands."""
-
-
-class CorpusConfig(Section):
-    """Where the text comes from."""
-
-    train: list[Source] = Field(min_length=1)
-    """Sources of training text: globs, Hugging Face datasets, or message catalogs."""
-    valid: list[Source] = []
-    """Sources of held-out text. Empty: a share of `train` is held out by hash."""
-    languages: list[str] | None = Field(None, min_length=1)
-    """Language codes to use, ISO 639-1 or 639-3; documents in others are skipped and counted. Null: all that occur."""
-    fields: FieldNames = FieldNames()
-    """Names of the fields in JSON lines, Parquet and Hugging Face rows."""
-    language: Literal["field", "detect"] = "field"
-    """Where the language of a document comes from: its field (or the source's `language:`), or detection from its text (py3langid, 97
-    languages, no download), restricted to `languages` where they are given. A source's own `language:` wins."""
-    deduplicate: Literal["exact", "minhash"] | None = None
-    """Leave out repeated training documents. `exact`: the same NFC-normalised text; `minhash`: also near-duplicates. The first in order of
-    reading stays."""
-    minhash: MinhashConfig = MinhashConfig()
-    """Settings of `deduplicate: minhash`."""
-    held_out: HeldOutConfig = HeldOutConfig()
-    """How documents are held out when `valid` is empty."""
-    valid_bytes: int = Field(1_000_000, ge=1000)
-    """Held-out text kept for evaluation, UTF-8 bytes a language at most; what is beyond is neither trained on nor scored."""
-    sample_bytes: int = Field(4_000_000, ge=1000)
-    """Training text kept as a sample for fitting tokenizer and partitioner, UTF-8 bytes a language at most."""
-    max_bad_share: float = Field(0.01, ge=0, le=1)
-    """The run stops when more than this share of a file's documents is broken (not JSON, not text, not UTF-8, empty)."""
-
-    _sources = field_validator("train", "valid", mode="before")(_as_sources)
-
-    @field_validator("languages")
-    @classmethod
-    def _each_once(cls, value: list[str] | None) -> list[str] | None:
-        twice = sorted({code for code in value or [] if (value or []).count(code) > 1})
-        if twice:
-            raise ValueError(f"corpus.languages names {', '.join(twice)} more than once: name each language once")
-        return value
-
-
-class TokenizerConfig(Section):
-    """The tokenizer: trained here, or loaded."""
-
-    load: str | None = Field(None, min_length=1)
-    """Folder or Hugging Face name of a tokenizer to use. Null: a SentencePiece Unigram model is trained."""
-    vocab_size: int = Field(8192, ge=300, le=2_000_000)
-    """Pieces of a tokenizer trained here, bytes and special tokens included."""
-    character_coverage: float = Field(0.9995, ge=0.98, le=1)
-    """Share of characters that get a piece of their own; the rest is spelt in bytes."""
-    sample_bytes: int = Field(5_000_000, ge=10_000)
-    """Text that the tokenizer is trained on, UTF-8 bytes over all languages, equal shares where there is enough."""
-    begin_of_document: bool = True
-    """Put the BOS token in front of every document (and EOS behind, always). False is the way of the published runs."""
-
-
-class TypologyConfig(Section):
-    """Languages grouped by their URIEL features (paper, section 3.1)."""
-
-    method: Literal["auto", "paired", "agglomerative"] = "auto"
-    """`paired`: the published rounds of greedy pairing, which give k = n / 2^r only; `agglomerative`: any k. `auto` takes the first
-    where it gives k, else the second, and says so."""
-    linkage: Literal["single", "average", "complete"] = "average"
-    """Distance of two clusters in agglomerative merging: the smallest, mean or largest over the pairs of their languages."""
-    balance: Literal["none", "tokens"] = "none"
-    """`tokens`: agglomerative merging keeps clusters from growing far beyond an equal share of the corpus' tokens."""
-    tolerance: float = Field(0.5, ge=0)
-    """With `balance: tokens`: how far the tokens of a cluster may go beyond total / k, as a share of it. One language alone may."""
-    features: str = "syntax_average"
-    """URIEL feature set, as lang2vec names it."""
-    distances: str | None = Field(None, min_length=1)
-    """CSV file of your own distances in place of URIEL: the first row and column name the languages, the rest is a symmetric matrix."""
-
-
-class TfidfConfig(Section):
-    """Documents as TF-IDF vectors, reduced by SVD and cut by balanced k-means (paper, section 3.1)."""
-
-    analyzer: Literal["subword", "char", "word"] = "subword"
-    """Terms: pieces of the recipe's tokenizer and their pairs; character n-grams of 1 to 4; or the published word pattern, for comparison
-    (it cuts Hindi and Thai to pieces and takes whole clauses of Chinese and Japanese for words)."""
-    dimensions: int = Field(100, ge=2)
-    """Dimensions after truncated SVD; fewer where the sample has fewer."""
-    max_features: int = Field(50_000, ge=100)
-    """Most frequent terms kept."""
-    sample_documents: int = Field(20_000, ge=2)
-    """Documents the space is fitted on, stratified by language; `corpus.sample_bytes` bounds how many there are."""
-    balance: Literal["documents", "tokens"] = "documents"
-    """What the clusters of the sample hold equally much of."""
-    tolerance: float = Field(0.0, ge=0)
-    """How far a cluster of the sample may be from an equal share, as a part of it; 0: as equal as can be."""
-    starts: int = Field(8, ge=1)
-    """Starts of balanced k-means; the best is kept."""
-    iterations: int = Field(20, ge=1)
-    """Iterations of balanced k-means at most."""
-    assign: Literal["nearest", "balanced"] = "nearest"
-    """How the documents of the corpus find their cluster: the nearest centre (paper), or balanced within each block of the corpus."""
-
-
-class ClustersConfig(Section):
-    """How the corpus is divided among experts."""
-
-    partitioner: Literal["typology", "tfidf", "language", "mapping", "random"] = "typology"
-    """`typology`: relatives share an expert; `tfidf`: similar documents do; `language`: one expert a language; `mapping`: the
-    languages that you name; `random`: documents at random, the control."""
-    k: int | None = Field(None, ge=1)
-    """Number of clusters, so of experts. Required, except for `language` and `mapping`, where it follows."""
-    typology: TypologyConfig = TypologyConfig()
-    """Settings of the typology partitioner."""
-    tfidf: TfidfConfig = TfidfConfig()
-    """Settings of the TF-IDF partitioner, and of the vector space behind the `tfidf` router."""
-    mapping: dict[str, list[str]] = {}
-    """For `mapping`: cluster names to languages, e.g. `{slavic: [bg, ru], rest: [en, de]}`."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of samples, starts and the random partitioner."""
-
-    @model_validator(mode="after")
-    def _needs_k(self) -> ClustersConfig:
-        if self.partitioner == "mapping":
-            if not self.mapping:
-                raise ValueError("clusters.mapping is empty: name clusters and their languages, e.g. {slavic: [bg, ru], rest: [en, de]}")
-            if self.k not in (None, len(self.mapping)):
-                raise ValueError(
-                    f"clusters.k = {self.k}, but clusters.mapping names {len(self.mapping)} clusters: leave k out or make them agree"
-                )
-        elif self.k is None and self.partitioner != "language":
-            raise ValueError(f"clusters.k is missing: give the number of clusters for the {self.partitioner} partitioner")
-        return self
-
-    @property
-    def num_clusters(self) -> int | None:
-        """k, or the number of clusters that `mapping` names; None for `language` without k."""
-        return len(self.mapping) if self.partitioner == "mapping" else self.k
+from megaxelm.recipe.clusters import ClustersConfig
+from megaxelm.recipe.corpus import CorpusConfig, ExecutorConfig, TokenizerConfig
+from megaxelm.recipe.section import NO_EFFECT, Section
 
 
 class ModelConfig(Section):
@@ -285,7 +47,7 @@ class TrainConfig(Section):
     """Tokens a sequence."""
     batch_sequences: int = Field(16, ge=1)
     """Sequences a step over *all* experts: the dense model gets all of them, each of k experts 1/k."""
-    micro_batch_size: int = Field(8, ge=1, json_schema_extra=_NO_EFFECT)
+    micro_batch_size: int = Field(8, ge=1, json_schema_extra=NO_EFFECT)
     """Sequences a forward pass on a device at most; the largest divisor of a rank's share that fits is taken."""
     steps: int = Field(100, ge=1)
     """Optimiser steps."""
@@ -316,23 +78,23 @@ class TrainConfig(Section):
     language_weights: dict[str, float] = {}
     """Shares of the languages in place of `language_alpha`, e.g. `{en: 2, sw: 1}`; normalised over the languages a model trains on, all of
     which need one. The seed and the dense model use them too."""
-    deepspeed_config: str = Field("zero1", json_schema_extra=_NO_EFFECT)
+    deepspeed_config: str = Field("zero1", json_schema_extra=NO_EFFECT)
     """A file, or the name of one in `ds_configs/`. `auto` values are filled from this recipe."""
-    attention: Literal["auto", "sdpa", "varlen"] = Field("auto", json_schema_extra=_NO_EFFECT)
+    attention: Literal["auto", "sdpa", "varlen"] = Field("auto", json_schema_extra=NO_EFFECT)
     """Attention backend; `auto` prints its choice: `varlen` on CUDA where torch has it, else `sdpa`."""
-    activation_checkpointing: bool = Field(False, json_schema_extra=_NO_EFFECT)
+    activation_checkpointing: bool = Field(False, json_schema_extra=NO_EFFECT)
     """Recompute each layer in the backward pass: less memory, about a third more time."""
-    loss_chunk_rows: int = Field(1024, ge=1, json_schema_extra=_NO_EFFECT)
+    loss_chunk_rows: int = Field(1024, ge=1, json_schema_extra=NO_EFFECT)
     """Rows of logits that exist at one time in the loss."""
-    checkpoint_every: int = Field(500, ge=1, json_schema_extra=_NO_EFFECT)
+    checkpoint_every: int = Field(500, ge=1, json_schema_extra=NO_EFFECT)
     """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = Field(1, ge=1, json_schema_extra=_NO_EFFECT)
+    keep_checkpoints: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
     """Newest checkpoints kept of each expert."""
-    log_every: int = Field(10, ge=1, json_schema_extra=_NO_EFFECT)
+    log_every: int = Field(10, ge=1, json_schema_extra=NO_EFFECT)
     """Steps between lines in `metrics.jsonl` and TensorBoard."""
-    num_devices: int = Field(1, ge=1, json_schema_extra=_NO_EFFECT)
+    num_devices: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
     """Devices (or CPU processes) an expert when `megaxelm` starts the training; more than one goes through `deepspeed`."""
-    concurrent_experts: int = Field(1, ge=1, json_schema_extra=_NO_EFFECT)
+    concurrent_experts: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
     """Experts trained at the same time on a machine without GPUs; the cores are divided among them."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the sample order, the weights and the dropout."""
@@ -416,49 +178,10 @@ class EvaluationConfig(Section):
     """Mixtures to evaluate."""
 
 
-class SlurmConfig(Section):
-    """What sbatch is told. Every field that is null is left to the cluster."""
-
-    partition: str | None = None
-    """Partition of the jobs."""
-    time: str = "24:00:00"
-    """Time limit of a task."""
-    qos: str | None = None
-    """Quality of service."""
-    cpus_per_task: int = Field(1, ge=1)
-    """Cores of a task; a task works with one, more serve for its memory."""
-    memory_gb_per_cpu: int | None = Field(4, ge=1)
-    """Memory of a core, GB."""
-    sbatch: dict[str, str] = {}
-    """Further options of sbatch, e.g. `{account: nlp}`."""
-
-
-class ExecutorConfig(Section):
-    """Where the corpus is prepared. A plain string in the recipe is short for `kind:`. Never changes a result."""
-
-    kind: Literal["local", "slurm", "ray"] = "local"
-    """`local`: processes on this machine; `slurm`: array jobs on folders that all nodes see; `ray`: a Ray cluster (extra `scale`)."""
-    workers: int | None = Field(None, ge=1)
-    """Tasks at a time. Null: the cores of this machine for `local`, as many as there are for `slurm` and `ray`."""
-    tasks: int | None = Field(None, ge=1)
-    """Parts that the work of a step is divided into, at most as many as it has. Null: as many as workers for `local`, else 64."""
-    block_bytes: int = Field(32_000_000, ge=1000)
-    """Text of one shard, UTF-8 bytes: what a task loses at most when it is killed. Another value tokenises again, to the same result."""
-    slurm: SlurmConfig = SlurmConfig()
-    """Settings of `kind: slurm`."""
-    ray_address: str | None = None
-    """Address of the Ray cluster. Null: the one that is running here, or a local one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kind_alone(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
-
-
 class Recipe(Section):
     """One run, whole."""
 
-    name: str = Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=_NO_EFFECT)
+    name: str = Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=NO_EFFECT)
     """Name of the run: its folder is `runs/<name>`."""
     corpus: CorpusConfig
     """Where the text comes from."""
@@ -537,15 +260,3 @@ class Recipe(Section):
         if any(weight < 0 for weight in self.ensemble.fixed_weights.values()):
             raise ValueError("ensemble.fixed_weights: weights must not be negative")
         return self
-
-
-def result_settings(section: Section) -> dict[str, Any]:
-    """The fields of a section that what is made depends on: those not marked `affects_result=False`, nested."""
-    settings: dict[str, Any] = {}
-    for name, field in type(section).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("affects_result") is False:
-            continue
-        value = getattr(section, name)
-        settings[name] = result_settings(value) if isinstance(value, Section) else section.model_dump(mode="json", include={name})[name]
-    return settings
