@@ -52,7 +52,9 @@ setup(
         "ninja>=1.11",
         "datatrove>=0.10.1,<0.11",
         "fsspec>=2023.12.2",
-        "py3langid>=0.3",
+        "py3langid>=0.4",
+        "regex",
+        "threadpoolctl>=3",
         "setuptools",
     ],
     extras_require={

@@ -112,7 +112,7 @@ def draw_panels(picture: dict[str, Any], groups: Sequence[str], caption: str) ->
         _dots(axes, thin, GREY, 1.4, 0.35)
         _dots(axes, mine, cluster_mark(group)[0], 2.4, 0.9)
         share = len(mine) / max(len(places), 1)
-        axes.set_title(f"{shorten(groups[group], 16)} ({share:.0%})", fontsize=9, pad=2)
+        axes.set_title(f"{shorten(groups[group], 11)} ({share:.0%})", fontsize=9, pad=2)
     return Drawing(to_svg(figure, "panels", "Documents on a plane, one panel a cluster"), caption)
 
 
