@@ -1,16 +1,18 @@
 """Rows into clusters of bounded weight at the least cost, for any number of rows.
 
 At the right prices, one a cluster, nearly every row simply takes the cheapest cluster (its cost there plus the price), and all but a
-few rows are far from a choice. So: rough prices from every m-th row, one pass over all rows, then the transportation problem of the few
-rows that are near to a choice, in which the others are settled (`megaxelm.cluster.transport`). Another pass at the prices that came out
-proves that the settled rows would stay; otherwise those that would not are taken too, in the end all. So the result is exact whatever
-rows were picked; beyond `EXACT_COSTS`, and with weights, the proof is left out.
+few rows are far from a choice. So: prices from a sample where none are known, one pass over all rows, then the division of those rows
+that are near to a choice, in which the others are settled; and so on with fewer and fewer rows, until they are few enough for the
+transportation problem (`megaxelm.cluster.transport`). If the prices that come out differ from those at the start by less than the
+settled rows are from a choice, those would stay: the division is exact, whatever rows were picked. Otherwise more are picked.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -18,26 +20,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megaxelm.cluster.prices import Floats, Problem, raise_prices
+from megaxelm.cluster.prices import Floats, Problem, balance, cheapest
 from megaxelm.cluster.transport import solve
 from megaxelm.errors import ClusterError
 
-BLOCK_ROWS = 16_384
-"""Rows in one pass of a loop over many: of 100 float32 each they are 6.5 MB."""
-
 EXACT_COSTS = 1 << 24
-"""Costs, n x k, up to which the optimum is proved. Of more, the picked rows are divided as well as they can be and the rest is settled."""
+"""Costs, n x k, up to which the optimum is proved. Of more, half of the rows may at last be settled without a proof."""
 
 _FEW_ROWS = 4096
 """So many are solved at once; also the least that are picked of more."""
 
-_ROUGH_ROWS = 8192
-_ROUGH_ROWS_A_CLUSTER = 512
-_ROUGH = 0.1  # share of the weight beyond the bounds from which prices are first found on some of the rows
-_FINE = 0.002  # and the share at which the exact search starts
-_NEAR = 0.01  # and the share that is near enough on the way to the last division
-_NEWTON_STEPS = 8
-_PICKED_FOR_WRONG = 4  # rows picked for each that is beyond the bounds: those that must move, and those they have to pass
+_PICKED = 8  # one of so many rows is picked at first
+_MORE = 4  # and so many times as many when the others would not stay
+_SAMPLE_ROWS = 8192
+_SAMPLE_ROWS_A_CLUSTER = 512
+_MOST = 0.75  # share of the rows of which picking saves nothing
+_READ_OFF = 24  # rows that the limit of a picked part is read off, of many
+_FAR = 0.05  # share of the weight in the wrong cluster beyond which prices are sought on a sample first
+_GAIN = 0.5  # what the next attempt must leave at most of the weight in the wrong cluster; else more rows are picked
+_ROUGH = 0.01  # and the share that is near enough there
+_NEAR = 0.002  # and before rows are picked
 
 
 @dataclass(frozen=True)
@@ -124,191 +126,99 @@ def as_weights(weights: Tensor | NDArray[np.number] | None) -> Floats | None:
     return np.asarray(weights.cpu() if isinstance(weights, Tensor) else weights, dtype=np.float64)
 
 
-def assign(costs: Tensor, prices: Floats | None, weights: Floats | None, tolerance: float, nearly: bool = False) -> tuple[Tensor, Floats]:
-    """`balanced_assignment` of costs that lie by cluster, [k, n]: labels [n] on their device, prices [k].
-
-    `nearly`: of many rows, what is cheapest at prices that about balance it, within bounds or not.
-    """
+def assign(costs: Tensor, prices: Floats | None, weights: Floats | None, tolerance: float) -> tuple[Tensor, Floats]:
+    """`balanced_assignment` of costs that lie by cluster, [k, n]: labels [n] on their device, prices [k]."""
     k, count = costs.shape
     limits = bounds(count, k, weights, tolerance)
-    prices = np.zeros(k) if prices is None else np.asarray(prices, dtype=np.float64)
+    start = np.zeros(k) if prices is None else np.asarray(prices, dtype=np.float64)
     if count == 0:
-        return torch.zeros(0, dtype=torch.int64, device=costs.device), prices
-    total = float(count if weights is None else weights.sum())
-    heaviest = 0.0 if weights is None else float(weights.max())
-    labels, margin = cheapest(costs, prices)
-    if count > _FEW_ROWS:
-        near = _NEAR if nearly else _FINE
-        prices, labels, margin = _better_prices(costs, prices, weights, limits, tolerance, labels, margin, near)
-        if nearly:
-            return labels, prices
-    exact = weights is None and costs.numel() <= EXACT_COSTS
-    picked = max(_FEW_ROWS, round(_PICKED_FOR_WRONG * count * _wrong(labels, k, weights, limits) / total))
-    kept = torch.zeros(0, dtype=torch.int64, device=costs.device)
-    attempts = 0
-    while True:
-        excess = _excess(labels, k, weights, limits) * count / total
-        rows = _nearest_to_a_choice(costs, prices, labels, margin, picked, excess)
-        rows = torch.cat([rows, kept]).unique()
-        problem, settled = _problem(costs, weights, limits, labels, rows)
-        before = prices
-        solution = solve(problem, raise_prices(problem, prices, enough=k * (1.0 if weights is None else heaviest)))
-        if solution is not None:
-            found, prices = solution
-            labels[rows] = torch.from_numpy(found).to(labels.device)
-            fits = _loads(labels, k, weights)
-            misfit = np.maximum(fits - limits.high, limits.low - fits).max()
-            if len(rows) == count or (misfit <= heaviest and (not exact or _would_stay(costs, before, prices, margin, settled))):
-                return labels, prices
-        # At better prices, and with the rows that would not have stayed, as many may do; if not, more are needed.
-        labels, margin = cheapest(costs, prices)
-        kept = torch.cat([rows, ((labels != settled) & (settled < k)).nonzero()[:, 0]])
-        attempts += 1
-        picked *= 2 if attempts % 4 == 0 or solution is None else 1
+        return torch.zeros(0, dtype=torch.int64, device=costs.device), start
+    with _one_thread():
+        divided = _divide(Problem(costs, weights, np.zeros(k), limits.low, limits.high), start)
+    assert divided is not None, "all rows together always have a division within the bounds"
+    return divided
 
 
-def _problem(costs: Tensor, weights: Floats | None, limits: Bounds, labels: Tensor, rows: Tensor) -> tuple[Problem, Tensor]:
-    """The division of `rows` where all others stay in their cluster of `labels`; and where those are settled [n], k for `rows`."""
-    k = len(costs)
-    settled = labels.clone()
-    settled[rows] = k
-    some = None if weights is None else weights[rows.cpu().numpy()]
-    loads = _loads(settled, k + 1, weights)[:k]
-    return Problem(costs[:, rows].cpu().numpy().astype(np.float64), some, loads, limits.low, limits.high), settled
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of short operations of torch: where other processes are at work, waiting for the second thread takes longer than all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _better_prices(
-    costs: Tensor,
-    prices: Floats,
-    weights: Floats | None,
-    limits: Bounds,
-    tolerance: float,
-    labels: Tensor,
-    margin: Tensor,
-    near: float,
-) -> tuple[Floats, Tensor, Tensor]:
-    """Prices at which at most the share `near` of the weight is in the wrong cluster, if that goes fast, and what is cheapest at them.
-
-    Those of a sample where the present ones are far off, then Newton steps.
-    """
-    k, count = costs.shape
-    total = float(count if weights is None else weights.sum())
-    wrong = _wrong(labels, k, weights, limits) / total
-    if wrong > _ROUGH:
-        rough = _rough_prices(costs, prices, weights, tolerance)
-        rough_labels, rough_margin = cheapest(costs, rough)
-        rough_wrong = _wrong(rough_labels, k, weights, limits) / total
-        if rough_wrong < wrong:
-            prices, labels, margin, wrong = rough, rough_labels, rough_margin, rough_wrong
-    for _ in range(_NEWTON_STEPS):
-        if wrong <= near:
+def _divide(problem: Problem, prices: Floats) -> tuple[Tensor, Floats] | None:
+    """Labels [rows] and prices [k]; None where what is settled leaves these rows no division within the bounds."""
+    k, count = problem.costs.shape
+    if count <= _FEW_ROWS:
+        return _divide_few(problem, prices)
+    labels, margin = cheapest(problem.costs, prices)
+    wrong = problem.wrong(prices, problem.loads(labels)) / (count * problem.mean_weight)
+    if wrong > _FAR:
+        sample = problem.sample(max(1, count // max(_SAMPLE_ROWS, _SAMPLE_ROWS_A_CLUSTER * k)))
+        prices = balance(sample, prices, max(k, _ROUGH * sample.costs.shape[1]) * sample.mean_weight)
+    if wrong > _NEAR:
+        prices = balance(problem, prices, max(k, _NEAR * count) * problem.mean_weight)
+        labels, margin = cheapest(problem.costs, prices)
+    proved = problem.weights is None and problem.costs.numel() <= EXACT_COSTS
+    picked = max(_FEW_ROWS, count // _PICKED)
+    lately = np.inf
+    while picked < count:
+        rows = _near_to_a_choice(problem, prices, labels, margin, picked)
+        if len(rows) > _MOST * count:
             break
-        picked = min(max(_FEW_ROWS, round(_PICKED_FOR_WRONG * count * wrong)), max(_FEW_ROWS, count // 16))
-        excess = _excess(labels, k, weights, limits) * count / total
-        rows = _nearest_to_a_choice(costs, prices, labels, margin, picked, excess)
-        problem, _ = _problem(costs, weights, limits, labels, rows)
-        trial = raise_prices(problem, prices, enough=0.5 * near * total, steps=2)
-        trial_labels, trial_margin = cheapest(costs, trial)
-        left = _wrong(trial_labels, k, weights, limits) / total
-        if left >= wrong:
-            break
-        slow = left > 0.7 * wrong
-        prices, labels, margin, wrong = trial, trial_labels, trial_margin, left
-        if slow:
-            break
-    return prices, labels, margin
+        divided = _divide(problem.only(rows, labels), prices)
+        if divided is not None:
+            found, after = divided
+            settled = labels.index_put((rows,), found.to(labels))
+            # A settled row stays if its own price rose by less, against the one that rose least, than it was from a choice.
+            rise = torch.from_numpy(after - prices - (after - prices).min()).to(margin)
+            stays = rise[labels] <= margin
+            stays[rows] = True
+            if not bool(stays.all()):
+                prices = after
+                labels, margin = cheapest(problem.costs, prices)
+                stays |= labels == settled
+            if bool(stays.all()) or (picked * _MORE >= count and not proved):
+                return settled, after
+        wrong = problem.wrong(prices, problem.loads(labels))
+        if wrong > _GAIN * lately or divided is None:
+            picked *= _MORE
+        lately = wrong
+    return _divide_few(problem, prices)
 
 
-def cheapest(costs: Tensor, prices: Floats) -> tuple[Tensor, Tensor]:
-    """The cluster of least cost plus price for each row of `costs` [k, n]: int64 [n], and how much dearer the next one is [n]."""
-    k, count = costs.shape
-    labels = torch.zeros(count, dtype=torch.int64, device=costs.device)
-    margin = torch.full((count,), torch.inf, dtype=costs.dtype, device=costs.device)
-    for first in range(0, count, BLOCK_ROWS):
-        block = slice(first, first + BLOCK_ROWS)
-        best = costs[0, block] + float(prices[0])
-        second, label = margin[block], labels[block]
-        for cluster in range(1, k):
-            offer = costs[cluster, block] + float(prices[cluster])
-            label.masked_fill_(offer < best, cluster)
-            torch.minimum(second, torch.maximum(best, offer), out=second)
-            torch.minimum(best, offer, out=best)
-        second -= best
-    return labels, margin
+def _divide_few(problem: Problem, prices: Floats) -> tuple[Tensor, Floats] | None:
+    """`_divide` of all rows at once, in fp64."""
+    device = problem.costs.device
+    exact = replace(problem, costs=problem.costs.cpu().double())
+    solution = solve(exact, balance(exact, prices, len(exact.costs) * exact.mean_weight))
+    return None if solution is None else (torch.from_numpy(solution[0]).to(device), solution[1])
 
 
-def _loads(labels: Tensor, k: int, weights: Floats | None) -> Floats:
-    """Weight of each cluster, [k]."""
-    return np.bincount(labels.cpu().numpy(), weights, minlength=k).astype(np.float64)
-
-
-def _excess(labels: Tensor, k: int, weights: Floats | None, limits: Bounds) -> Floats:
-    """Weight of each cluster above (positive) or below (negative) its bounds, [k]."""
-    loads = _loads(labels, k, weights)
-    return np.maximum(loads - limits.high, 0.0) + np.minimum(loads - limits.low, 0.0)
-
-
-def _wrong(labels: Tensor, k: int, weights: Floats | None, limits: Bounds) -> float:
-    """Weight beyond the bounds of the clusters."""
-    return float(np.abs(_excess(labels, k, weights, limits)).sum())
-
-
-def _rough_prices(costs: Tensor, prices: Floats, weights: Floats | None, tolerance: float) -> Floats:
-    """Prices that balance every m-th row."""
-    k, count = costs.shape
-    step = max(1, count // max(_ROUGH_ROWS, _ROUGH_ROWS_A_CLUSTER * k))
-    some = costs[:, ::step].cpu().numpy().astype(np.float64)
-    shares = None if weights is None else weights[::step]
-    limits = bounds(some.shape[1], k, shares, tolerance)
-    total = some.shape[1] if shares is None else float(shares.sum())
-    return raise_prices(Problem(some, shares, np.zeros(k), limits.low, limits.high), prices, enough=0.01 * total)
-
-
-def _nearest_to_a_choice(costs: Tensor, prices: Floats, labels: Tensor, margin: Tensor, picked: int, excess: Floats) -> Tensor:
-    """The `picked` rows of the smallest margin; and for each cluster with too much or too little (`excess` in rows) those that mend it.
-
-    Those are its own rows of the smallest margin, or the rows of others to which it is the least dear: clusters that lie apart have none
-    among the smallest margins of all.
+def _near_to_a_choice(problem: Problem, prices: Floats, labels: Tensor, margin: Tensor, picked: int) -> Tensor:
+    """About `picked` rows, in order: of each cluster those that are nearest to leave it and those of others that are nearest to enter it,
+    twice as many more as it has too much or too little. Clusters that lie apart have none among the nearest of all.
     """
-    count, k = len(margin), len(costs)
-    if picked >= count:
-        return torch.arange(count, device=margin.device)
-    chosen = torch.zeros(count, dtype=torch.bool, device=margin.device)
-    chosen[_smallest(margin, picked)] = True
-    least = costs.gather(0, labels[None])[0] + torch.from_numpy(prices).to(costs)[labels]
-    for cluster in np.flatnonzero(excess).tolist():
-        wanted = picked // k + int(2 * abs(excess[cluster]))
-        if excess[cluster] > 0:
-            own = (labels == cluster).nonzero()[:, 0]
-            chosen[own[_smallest(margin[own], wanted)]] = True
-        else:
-            dearer = costs[cluster] + float(prices[cluster]) - least
-            dearer.masked_fill_(labels == cluster, torch.inf)
-            chosen[_smallest(dearer, wanted)] = True
-    return chosen.nonzero()[:, 0]
+    k, count = problem.costs.shape
+    excess = problem.misfit(problem.loads(labels)) / problem.mean_weight
+    step = max(1, picked // (2 * k * _READ_OFF))
+    least = problem.costs.gather(0, labels[None])[0] + torch.from_numpy(prices).to(margin)[labels]
+    wanted = picked / (2 * k) + 2 * np.maximum(0.0, [excess, -excess]) + 1
+    leave = torch.stack([_limit(margin[::step][labels[::step] == cluster], wanted[0, cluster] / step) for cluster in range(k)])
+    near = margin <= leave[labels]
+    for cluster in range(k):
+        dearer = problem.costs[cluster] + float(prices[cluster]) - least
+        other = labels != cluster
+        near |= (dearer <= _limit(dearer[::step][other[::step]], wanted[1, cluster] / step)) & other
+    return near.nonzero()[:, 0]
 
 
-def _smallest(values: Tensor, number: int) -> Tensor:
-    """Places of the `number` smallest values; of equal ones the first."""
-    if number >= len(values):
-        return torch.arange(len(values), device=values.device)
-    limit = values.kthvalue(number).values
-    below, equal = (values < limit).nonzero()[:, 0], (values == limit).nonzero()[:, 0]
-    return torch.cat([below, equal[: number - len(below)]])
-
-
-def _would_stay(costs: Tensor, before: Floats, prices: Floats, margin: Tensor, settled: Tensor) -> bool:
-    """Whether at `prices` every row is cheapest in its cluster `settled` [n], up to rounding; k marks the rows that do not count.
-
-    At the prices `before` they were, by `margin` [n].
-    """
-    change = float(np.ptp(prices - before))
-    if change < float(margin[settled < len(costs)].min()):
-        return True
-    labels, _ = cheapest(costs, prices)
-    doubtful = ((labels != settled) & (settled < len(costs))).nonzero()[:, 0]
-    if not len(doubtful):
-        return True
-    offers = costs[:, doubtful] + torch.from_numpy(prices).to(costs)[:, None]
-    lost = offers.gather(0, settled[doubtful][None])[0] - offers.min(dim=0).values
-    return bool((lost <= 4 * torch.finfo(costs.dtype).eps * offers.abs().max()).all())
+def _limit(values: Tensor, number: float) -> Tensor:
+    """The `number`-th smallest value, the largest where there are fewer."""
+    if not len(values):
+        return torch.tensor(-torch.inf, dtype=values.dtype, device=values.device)
+    return values.kthvalue(min(math.ceil(number), len(values))).values

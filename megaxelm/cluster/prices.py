@@ -1,32 +1,47 @@
 """Prices of clusters at which rows choose them freely and are nearly balanced: the dual of the transportation problem.
 
 A price is added to the cost of each row of a cluster. A cluster within its bounds wants the price 0, one at its upper bound a positive
-one, one at its lower bound a negative one. Newton steps where they help: how much weight a price moves between two clusters is read off
-the rows that are nearest to a choice between them (as in semi-discrete optimal transport; Kitagawa, Merigot and Thibert, Journal of the
-European Mathematical Society 21, 2019). Else coordinate ascent: one cluster after the other gets the price that balances it.
+one, one at its lower bound a negative one. The dual is concave but has edges where rows change their mind; made smooth, so that a row
+near to a choice is split between its clusters as exp(-offer / warmth), it is climbed by Newton's method (entropic optimal transport;
+Peyre and Cuturi, Computational Optimal Transport, 2019, chapter 4). The warmth then falls until the free choices are nearly balanced.
 
 What is left to `megaxelm.cluster.transport` is little, which is all that prices are for: the division is as good from any.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_WINDOW = 4  # rows that the slope is read off, for each that is in the wrong cluster
-_GAIN = 0.75  # what a Newton step must leave at most, as a share; else coordinate ascent gets its turn
+BLOCK_ROWS = 16_384
+"""Rows in one pass of a loop over many: of 100 float32 each they are 6.5 MB."""
+
+_BLOCK_COSTS = 1 << 18
+"""Costs in one pass of a loop over many: 1 MB in float32, which stays in the cache."""
+
+_LEVELS = 10
+_STUCK = 0.95  # share of the wrong weight that a level must leave less of
+_NEWTON_STEPS = 8  # at each warmth; from the second on one or two do
+_COOLER = 4.0  # the warmth falls by this factor
+_HALVINGS = 5  # of a step that does not climb
+_LONGEST_STEP = 30.0  # times the warmth: farther away the smooth dual is another one
+_NO_SHARE = -60.0  # logarithm of the least share; much smaller ones are denormal, which is slow
+_SETTLED = 0.1  # share of the rows in the wrong cluster that the smooth excess falls to before it cools
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     """Rows to divide, and what is settled already."""
 
-    costs: Floats
+    costs: Tensor
     """Cost of a row in a cluster, for a unit of its weight, [k, rows]."""
     weights: Floats | None
     """Weight of each row, [rows]; None: 1 each."""
@@ -37,124 +52,173 @@ class Problem:
     high: float
     """Most weight of a cluster."""
 
-    def loads(self, labels: Ints) -> Floats:
+    def loads(self, labels: Tensor | Ints) -> Floats:
         """Weight of each cluster, [k]."""
-        return self.settled + np.bincount(labels, self.weights, minlength=len(self.costs))
+        places = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
+        return self.settled + np.bincount(places, self.weights, minlength=len(self.costs))
 
     def wanted(self, prices: Floats, loads: Floats) -> Floats:
         """What each cluster should weigh at `prices`, [k]: the most at a positive one, the least at a negative one, at 0 what it likes."""
         return np.where(prices > 0, self.high, np.where(prices < 0, self.low, np.clip(loads, self.low, self.high)))
 
+    def wrong(self, prices: Floats, loads: Floats) -> float:
+        """Weight above and below what the clusters should weigh."""
+        return float(np.abs(loads - self.wanted(prices, loads)).sum())
+
     def misfit(self, loads: Floats) -> Floats:
         """Weight above (positive) or below (negative) the bounds, [k]."""
         return np.maximum(loads - self.high, 0.0) + np.minimum(loads - self.low, 0.0)
 
+    @property
+    def mean_weight(self) -> float:
+        """Of the rows."""
+        return 1.0 if self.weights is None else float(self.weights.mean())
 
-def raise_prices(problem: Problem, prices: Floats, enough: float, steps: int = 20) -> Floats:
-    """Prices [k] at which the free choices of the rows are balanced but for `enough` weight, or as nearly as `steps` bring it."""
-    here = Choices(problem, prices)
-    best, lately = here, here.wrong
-    for number in range(steps):
-        if number % 4 == 3:
-            # What gains little is left to the paths.
-            if best.wrong > _GAIN * lately:
-                break
-            lately = best.wrong
-        if best.wrong <= enough:
-            break
-        there = Choices(problem, here.newton())
-        if there.wrong > _GAIN * here.wrong:
-            halfway = Choices(problem, (here.prices + there.prices) / 2)
-            there = min(there, halfway, key=lambda choices: choices.wrong)
-        if there.wrong > _GAIN * here.wrong:
-            there = Choices(problem, _sweep(problem, here.prices))
-        here = there
-        best = min(best, here, key=lambda choices: choices.wrong)
-    return best.prices
+    def firm(self) -> Problem:
+        """Bounds that leave a cluster no choice but of one row are one and the same, in parts of a row."""
+        if self.weights is not None or not 0 < self.high - self.low <= 1:
+            return self
+        share = (float(self.settled.sum()) + self.costs.shape[1]) / len(self.costs)
+        return replace(self, low=share, high=share)
+
+    def only(self, rows: Tensor, labels: Tensor) -> Problem:
+        """`rows` alone, where all others stay in their cluster of `labels` [rows]."""
+        some = None if self.weights is None else self.weights[rows.cpu().numpy()]
+        loose = np.bincount(labels[rows].cpu().numpy(), some, minlength=len(self.costs))
+        return replace(self, costs=self.costs.index_select(1, rows), weights=some, settled=self.loads(labels) - loose)
+
+    def sample(self, step: int) -> Problem:
+        """Each `step`-th row, for prices alone."""
+        costs, weights = self.costs[:, ::step].contiguous(), None
+        share = costs.shape[1] / self.costs.shape[1]
+        if self.weights is not None:
+            weights = self.weights[::step]
+            share = float(weights.sum() / self.weights.sum())
+        return Problem(costs, weights, self.settled * share, self.low * share, self.high * share)
 
 
-class Choices:
-    """Which clusters the rows choose at some prices."""
+def _blocks(costs: Tensor) -> Iterator[slice]:
+    k, count = costs.shape
+    rows = max(1, _BLOCK_COSTS // k)
+    return (slice(first, first + rows) for first in range(0, count, rows))
 
-    def __init__(self, problem: Problem, prices: Floats) -> None:
-        self.problem, self.prices = problem, prices
-        self.labels, least, self.seconds, next_least = _two_least(problem.costs + prices[:, None])
-        self.margins = next_least - least
-        loads = problem.loads(self.labels)
-        self.excess = loads - problem.wanted(prices, loads)
-        """Weight above (positive) or below (negative) what each cluster should have, [k]."""
-        self.wrong = float(np.abs(self.excess).sum())
 
-    def newton(self) -> Floats:
-        """Prices [k] that are right if the weight at the borders is spread evenly."""
-        problem, k = self.problem, len(self.prices)
-        mean = 1.0 if problem.weights is None else float(problem.weights.mean())
-        place = int(min(len(self.margins) - 1, _WINDOW * max(self.wrong / mean, k)))
-        width = np.partition(self.margins, place)[place]
-        if not 0 < width < np.inf:
-            return self.prices
-        near = self.margins <= width
-        weights = None if problem.weights is None else problem.weights[near]
-        moved = np.bincount(self.labels[near] * k + self.seconds[near], weights, minlength=k * k).reshape(k, k) / (2 * width)
-        moved = moved + moved.T
-        slope = np.diag(moved.sum(axis=1)) - moved
-        # A cluster at price 0 and within its bounds takes what comes; the others share what is wrong.
-        bound = (self.prices != 0) | (self.excess != 0) | (problem.low == problem.high)
-        step = np.zeros(k)
-        step[bound] = np.linalg.lstsq(slope[np.ix_(bound, bound)], self.excess[bound], rcond=1e-9)[0]
-        prices = self.prices + np.clip(step, -2 * width, 2 * width)
-        if problem.low < problem.high:
-            prices[prices * self.prices < 0] = 0.0
+def cheapest(costs: Tensor, prices: Floats) -> tuple[Tensor, Tensor]:
+    """The cluster of least cost plus price for each row of `costs` [k, n]: int64 [n], and how much dearer the next one is [n]."""
+    labels = torch.empty(costs.shape[1], dtype=torch.int64, device=costs.device)
+    margin = torch.empty(costs.shape[1], dtype=costs.dtype, device=costs.device)
+    added = torch.from_numpy(prices).to(costs)[:, None]
+    for block in _blocks(costs):
+        offers = costs[:, block] + added
+        least, labels[block] = offers.min(dim=0)
+        offers.scatter_(0, labels[block][None], torch.inf)
+        margin[block] = offers.amin(dim=0) - least
+    return labels, margin
+
+
+def balance(problem: Problem, prices: Floats, enough: float) -> Floats:
+    """Prices [k] at which the free choices of the rows are balanced but for `enough` weight, or as nearly as it goes.
+
+    The search starts at `prices`, as warm as the rows in the wrong cluster are far from a choice.
+    """
+    firm = problem.firm()
+    labels, margin = cheapest(firm.costs, prices)
+    wrong = firm.wrong(prices, firm.loads(labels))
+    spread = float((firm.costs.max() - firm.costs.min()).double() + np.ptp(prices))
+    if wrong <= enough or spread == 0:
         return prices
+    best = wrong, prices
+    place = int(np.clip(wrong / firm.mean_weight, 1, len(margin)))
+    coldest = 4 * torch.finfo(firm.costs.dtype).eps * spread
+    warmth = max(float(margin.kthvalue(place).values) / _COOLER, coldest)
+    weights = None if firm.weights is None else torch.from_numpy(firm.weights).to(firm.costs)
+    lately = np.inf
+    for _ in range(_LEVELS):
+        here = _Smooth.at(firm, weights, prices, warmth)
+        for _ in range(_NEWTON_STEPS):
+            if float(np.abs(here.excess).sum()) <= _SETTLED * max(here.wrong, enough):
+                break
+            there = _climb(firm, weights, here, warmth)
+            if there is None:
+                break
+            here = there
+        prices = here.prices
+        best = min(best, (here.wrong, prices), key=lambda found: found[0])
+        if here.wrong <= enough or warmth <= coldest or here.wrong > _STUCK * lately:
+            break
+        lately = here.wrong
+        warmth = max(warmth / _COOLER, coldest)
+    return best[1]
 
 
-def _sweep(problem: Problem, prices: Floats) -> Floats:
-    """Coordinate ascent, each cluster once. The two cheapest offers to each row are kept, so a price touches few other numbers."""
-    prices, costs = prices.copy(), problem.costs
-    offers = costs + prices[:, None]
-    labels, least, seconds, next_least = _two_least(offers)
-    for cluster in range(len(costs)):
-        prices[cluster] = _price(problem, cluster, np.where(labels == cluster, next_least, least) - costs[cluster])
-        offers[cluster] = offer = costs[cluster] + prices[cluster]
-        again = np.flatnonzero((labels == cluster) | (seconds == cluster))
-        better, between = offer < least, (offer >= least) & (offer < next_least)
-        seconds[better], next_least[better] = labels[better], least[better]
-        labels[better], least[better] = cluster, offer[better]
-        seconds[between], next_least[between] = cluster, offer[between]
-        labels[again], least[again], seconds[again], next_least[again] = _two_least(offers[:, again])
-    return prices
+@dataclass(frozen=True)
+class _Smooth:
+    """The smooth dual at some prices."""
+
+    prices: Floats
+    value: float
+    excess: Floats
+    """Its slope, [k]: weight of each cluster beyond what it should be, where rows are split."""
+    curvature: Floats
+    """[k, k]; positive semidefinite: minus the second derivative."""
+    wrong: float
+    """Weight beyond what it should be where each row chooses one cluster."""
+
+    @staticmethod
+    def at(problem: Problem, weights: Tensor | None, prices: Floats, warmth: float) -> _Smooth:
+        costs, k = problem.costs, len(problem.costs)
+        added = torch.from_numpy(prices).to(costs)[:, None]
+        loads, overlap = (torch.zeros(size, dtype=torch.float64, device=costs.device) for size in ((k,), (k, k)))
+        chosen, value = np.zeros(k), 0.0
+        for block in _blocks(costs):
+            offers = costs[:, block] + added
+            least, labels = offers.min(dim=0)
+            shares = offers.sub_(least).mul_(-1 / warmth).clamp_(min=_NO_SHARE).exp_()
+            sums = shares.sum(dim=0)
+            shares /= sums
+            weighted = shares if weights is None else shares * weights[block]
+            least -= warmth * sums.log()
+            value += float((least if weights is None else least * weights[block]).sum(dtype=torch.float64))
+            loads += weighted.sum(dim=1, dtype=torch.float64)
+            overlap += (weighted @ shares.T).double()
+            chosen += np.bincount(labels.cpu().numpy(), None if problem.weights is None else problem.weights[block], minlength=k)
+        soft = problem.settled + loads.cpu().numpy()
+        bounds = np.where(prices > 0, problem.high, problem.low)
+        return _Smooth(
+            prices,
+            value + float(((problem.settled - bounds) * prices).sum()),
+            soft - problem.wanted(prices, soft),
+            (torch.diag(loads) - overlap).cpu().numpy() / warmth,
+            problem.wrong(prices, problem.settled + chosen),
+        )
 
 
-def _two_least(offers: Floats) -> tuple[Ints, Floats, Ints, Floats]:
-    """Of `offers` [k, rows] the least and the next: cluster and offer of each, [rows]; infinite where there is no next."""
-    offers, every = offers.copy(), np.arange(offers.shape[1])
-    labels = offers.argmin(axis=0)
-    least = offers[labels, every]
-    offers[labels, every] = np.inf
-    seconds = offers.argmin(axis=0)
-    return labels, least, seconds, offers[seconds, every]
+def _climb(problem: Problem, weights: Tensor | None, here: _Smooth, warmth: float) -> _Smooth | None:
+    """A step by Newton's method, shorter where it would not climb; None if no step does."""
+    # A cluster at price 0 and within its bounds takes what comes.
+    bound = (here.prices != 0) | (here.excess != 0) | (problem.low == problem.high)
+    step = _newton(here, bound, warmth)
+    if problem.low < problem.high:
+        # Nor does one at price 0 stay at a bound that others push it away from.
+        while (away := bound & (here.prices == 0) & (step * here.excess < 0)).any():
+            bound &= ~away
+            step = _newton(here, bound, warmth)
+    for _ in range(_HALVINGS):
+        prices = here.prices + step
+        if problem.low < problem.high:
+            prices[prices * here.prices < 0] = 0.0
+        there = _Smooth.at(problem, weights, prices, warmth)
+        if there.value > here.value or np.abs(there.excess).sum() < np.abs(here.excess).sum():
+            return there
+        step /= 2
+    return None
 
 
-def _price(problem: Problem, cluster: int, advantage: Floats) -> float:
-    """The price nearest to 0 at which the rows whose advantage is larger fill the cluster within its bounds."""
-    settled = problem.settled[cluster]
-    if problem.weights is None:
-        # Rows that still fit below the upper bound, and rows needed for the lower one.
-        most, least = int(problem.high - settled), int(problem.low - settled)
-        places = np.clip([0, most - 1, most, least - 1, least, len(advantage) - 1], 0, len(advantage) - 1)
-        order = -np.partition(-advantage, np.unique(places))
-    else:
-        rows = np.argsort(-advantage, kind="stable")
-        order = advantage[rows]
-        filled = settled + problem.weights[rows].cumsum()
-        most = int(np.searchsorted(filled, problem.high, side="right"))
-        least = min(most, int(np.searchsorted(filled, problem.low, side="left")) + 1) if settled < problem.low else 0
-
-    def between(place: int) -> float:
-        if place <= 0:
-            return float(order[0])
-        return float(order[-1] if place >= len(order) else (order[place - 1] + order[place]) / 2)
-
-    least_price = -np.inf if most >= len(order) else between(most)
-    most_price = np.inf if least <= 0 else between(least)
-    return float(min(max(0.0, least_price), most_price))
+def _newton(here: _Smooth, bound: NDArray[np.bool_], warmth: float) -> Floats:
+    """The step of the prices of clusters `bound` [k] to where their excess is 0 if the curvature stays, [k]; 0 for the others."""
+    curvature = here.curvature[np.ix_(bound, bound)]
+    # All prices may rise by the same, and clusters that nobody is near to by anything: a little curvature holds them.
+    ridge = 1e-7 * max(float(curvature.trace()), float(np.abs(here.excess).sum()) / warmth) * np.eye(len(curvature))
+    step = np.zeros(len(bound))
+    step[bound] = np.clip(np.linalg.solve(curvature + ridge, here.excess[bound]), -_LONGEST_STEP * warmth, _LONGEST_STEP * warmth)
+    return step

@@ -53,7 +53,7 @@ def build_clusters(recipe: Recipe, corpus_folder: Path, tokens_folder: Path, tok
     partitioner.save(out)
     fitted = hash_value([hash_file(out / name) for name in (SETTINGS_FILE, ARRAYS_FILE) if (out / name).exists()])
     step = AssignStep(
-        Blocks(recipe, corpus_folder, shards),
+        Blocks(recipe, corpus_folder, shards, tokens["block_bytes"]),
         [shards / "tokens" / key for key in tokens["shards"]],
         tokens["begin"],
         out,

@@ -34,7 +34,7 @@ class _Flow:
     """
 
     def __init__(self, problem: Problem, prices: Floats) -> None:
-        self.problem, self.costs, self.k = problem, problem.costs, len(problem.costs)
+        self.problem, self.costs, self.k = problem, problem.costs.numpy(), len(problem.costs)
         # Shorter by less is not shorter, or rounding would make a cycle of cost 0 look negative.
         self.hair = 1e-12 * (1.0 + float(np.abs(self.costs).max(initial=0.0)))
         self.labels: Ints = (self.costs + prices[:, None]).argmin(axis=0)
@@ -161,7 +161,7 @@ def _fit(problem: Problem, labels: Ints) -> Ints:
     its lower bound by more than the lightest row of the heaviest cluster.
     """
     assert problem.weights is not None
-    weights, costs = problem.weights, problem.costs
+    weights, costs = problem.weights, problem.costs.numpy()
     labels = labels.copy()
     loads = problem.loads(labels)
     heaviest = float(weights.max(initial=0.0))

@@ -18,6 +18,7 @@ from datatrove.data import Document as DatatroveDocument
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashConfig as DatatroveConfig
 from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+from loguru import logger
 from numpy.typing import NDArray
 
 from megaxelm.corpus.executor import Progress, UnitsStep
@@ -25,6 +26,8 @@ from megaxelm.files import remove
 from megaxelm.recipe import MinhashConfig
 
 _KEYS_AT_A_TIME = 50_000_000
+# its steps tell each of their own, which would tear the bar
+logger.disable("datatrove.pipeline.dedup")
 # Scripts without spaces are compared by character: Thai to Lao, Burmese, Khmer, kana, Han.
 _WORDS = re.compile(
     r"[\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3040-\u30FF\u3400-\u9FFF\uF900-\uFAFF]|[^\W\u0E00-\u9FFF\uF900-\uFAFF]+|[\uAC00-\uD7AF]+"

@@ -44,7 +44,7 @@ class Input:
     name: str
     """For messages and manifests: without the machine's path."""
     value: str
-    """Cheap fingerprint of the content: `size:hash`."""
+    """Cheap fingerprint of the content: `size:hash`, or a hash alone."""
     files: tuple[str, ...] = ()
     """Addresses of the files."""
     part: int = 0
@@ -159,6 +159,11 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
+def folder_name(address: str) -> str:
+    """Name of the folder that a file lies in."""
+    return PurePosixPath(address).parent.name if is_remote(address) else Path(address).resolve().parent.name
+
+
 def dataset_name(source: HuggingFaceSource) -> str:
     """Name of a dataset without the machine's path."""
     return Path(source.huggingface).resolve().name if os.path.isdir(source.huggingface) else source.huggingface
@@ -246,7 +251,8 @@ def _file_inputs(number: int, source: FileSource, addresses: Sequence[str], name
             inputs.append(Input(number, kind, name, _file_value(address), (address,)))
     for start in range(0, len(texts), TEXT_FILES):
         group = texts[start : start + TEXT_FILES]
-        values = "\n".join(f"{name}={_file_value(address)}" for address, name in group)
+        # the folder's name is the language, which a name relative to that folder does not show
+        values = "\n".join(f"{folder_name(address)}/{name}={_file_value(address)}" for address, name in group)
         label = group[0][1] if len(group) == 1 else f"{group[0][1]} to {group[-1][1]}, {len(group)} text files"
         inputs.append(Input(number, "text", label, xxhash.xxh3_64_hexdigest(values.encode()), tuple(address for address, _ in group)))
     return inputs

@@ -1,7 +1,7 @@
 """Stage `corpus`: every input is scanned once, and what the scans found becomes the split, the sample and the list of blocks.
 
     manifest.json             languages and their counts, sources, scans of the training inputs in order
-    kept/<scan>.npy           which documents of an input are trained on, one bit each
+    kept/<input>.npy          which documents of an input are trained on, one bit each
     valid/<language>.jsonl    held-out documents
     sample/<language>.jsonl   training documents to fit tokenizer and partitioner on
 
@@ -63,16 +63,22 @@ def prepare_corpus(recipe: Recipe, shards: Path, out: Path) -> None:
     corpus = recipe.corpus
     for code in corpus.languages or []:
         check_language(code, "corpus.languages")
-    valid = _scan(recipe, "valid", list_inputs(corpus.valid), shards, None)
+    valid_step = ScanStep(recipe, "valid", list_inputs(corpus.valid), shards / "scan", shards / "reports" / "scan")
+    valid = _run_scan(recipe, valid_step)
     keys_file = _given_keys(valid, shards) if corpus.valid else None
     step = _train_step(recipe, shards, keys_file)
     inputs, train = step.inputs, _run_scan(recipe, step)
     _judge(recipe, inputs, train)
     found = _languages(recipe, valid, train)
+    if lacking := [scan for scan in [*valid, *train] if _lacks_candidates(scan, found)]:
+        for scan in lacking:
+            scan.forget()
+        valid, train = _run_scan(recipe, valid_step), _run_scan(recipe, step)
+        found = _languages(recipe, valid, train)
     split = _split(recipe, train, None if keys_file is None else np.load(keys_file), shards)
     _hold_out_smallest(recipe, found, train, split)
     _count(found, train, split.kept)
-    _check(recipe, found, _skipped(train))
+    _check(recipe, found, _skipped(train), split)
     used = {code: language for code, language in sorted(found.items()) if language.train_documents}
     for name in ("valid", "sample"):
         (out / name).mkdir()
@@ -81,22 +87,22 @@ def prepare_corpus(recipe: Recipe, shards: Path, out: Path) -> None:
             write_documents(out / name / f"{code}.jsonl", ((key, item) for key, _, item in chosen.items()), with_key=False)
     (out / "kept").mkdir()
     for scan, kept in zip(train, split.kept, strict=True):
-        np.save(out / "kept" / f"{scan.folder.name}.npy", np.packbits(kept))
+        np.save(_kept_file(out, scan), np.packbits(kept))
     manifest = _manifest(recipe, inputs, used, found, train, valid, split)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _forget_scans(shards, [*train, *valid])
 
 
-def training_inputs(recipe: Recipe, corpus_folder: Path, shards: Path) -> tuple[ScanStep, list[Scan]]:
-    """The training inputs with their scans, as the stage left them.
+def training_inputs(recipe: Recipe, corpus_folder: Path, shards: Path, block_bytes: int | None = None) -> tuple[ScanStep, list[Scan]]:
+    """The training inputs with their scans, as the stage left them; `block_bytes` other than the stage's: scanned again for such blocks.
 
     Raises:
         CorpusError: the sources have changed since.
     """
-    manifest = read_json(corpus_folder / "manifest.json", languages=dict, scans=list)
+    manifest = load_manifest(corpus_folder, scans=list, contents=list, block_bytes=int)
     keys = shards / "scan" / f"valid-{manifest['valid_keys']}.npy" if manifest["valid_keys"] else None
     try:
-        step = _train_step(recipe, shards, keys)
+        step = _train_step(_with_blocks(recipe, manifest["block_bytes"]), shards, keys)
     except FileNotFoundError:
         raise CorpusError(f"{keys}: missing; make the corpus stage again (--from corpus)") from None
     if step.keys != manifest["scans"]:
@@ -105,10 +111,18 @@ def training_inputs(recipe: Recipe, corpus_folder: Path, shards: Path) -> tuple[
             f"corpus.train has changed since the corpus stage read it ({', '.join(changed[:3]) or 'another order'}): start again with "
             "--from corpus"
         )
+    if block_bytes not in (None, manifest["block_bytes"]):
+        step = _train_step(_with_blocks(recipe, block_bytes), shards, keys)
+        run_units(step, recipe.executor, "blocks of another size")
     missing = [step.inputs[unit].name for unit in range(step.count) if not step.is_done(unit)]
     if missing:
         raise CorpusError(f"{shards / 'scan'}: the scan of {missing[0]} is missing; make the corpus stage again (--from corpus)")
-    return step, [step.scan(unit) for unit in range(step.count)]
+    scans = [step.scan(unit) for unit in range(step.count)]
+    for scan, content in zip(scans, manifest["contents"], strict=True):
+        if scan.content != content:
+            scan.forget()
+            raise CorpusError(f"{scan.result['name']}: has changed since the corpus stage read it; start again with --from corpus")
+    return step, scans
 
 
 def kept_documents(corpus_folder: Path, scan: Scan, block: Block) -> NDArray[np.bool_]:
@@ -117,7 +131,7 @@ def kept_documents(corpus_folder: Path, scan: Scan, block: Block) -> NDArray[np.
     Raises:
         CorpusError: the file is missing or damaged.
     """
-    path = corpus_folder / "kept" / f"{scan.folder.name}.npy"
+    path = _kept_file(corpus_folder, scan)
     try:
         bits = np.load(path, mmap_mode="r", allow_pickle=False)
         low, shift = divmod(block.first, 8)
@@ -143,20 +157,25 @@ def read_documents(path: Path) -> Iterator[Document]:
         raise CorpusError(f"{path}: missing or damaged ({error}); make the corpus stage again (--from corpus)") from None
 
 
-def load_manifest(corpus_folder: Path) -> dict[str, Any]:
-    """`manifest.json` of the corpus stage."""
+def load_manifest(corpus_folder: Path, **fields: type) -> dict[str, Any]:
+    """`manifest.json` of the corpus stage, with `languages` and whatever else is asked for, of the types given."""
     try:
-        return read_json(corpus_folder / "manifest.json", languages=dict)
+        return read_json(corpus_folder / "manifest.json", languages=dict, **fields)
     except StageError as error:
         raise CorpusError(f"{error} (--from corpus)") from None
 
 
+def _kept_file(corpus_folder: Path, scan: Scan) -> Path:
+    # by number: equal inputs share a scan, and of repeated texts only the first input keeps its own
+    return corpus_folder / "kept" / f"{scan.number:05d}.npy"
+
+
+def _with_blocks(recipe: Recipe, block_bytes: int | None) -> Recipe:
+    return recipe.model_copy(update={"executor": recipe.executor.model_copy(update={"block_bytes": block_bytes})})
+
+
 def _train_step(recipe: Recipe, shards: Path, keys_file: Path | None) -> ScanStep:
     return ScanStep(recipe, "train", list_inputs(recipe.corpus.train), shards / "scan", shards / "reports" / "scan", keys_file)
-
-
-def _scan(recipe: Recipe, role: str, inputs: list[Input], shards: Path, keys_file: Path | None) -> list[Scan]:
-    return _run_scan(recipe, ScanStep(recipe, role, inputs, shards / "scan", shards / "reports" / "scan", keys_file))
 
 
 def _run_scan(recipe: Recipe, step: ScanStep) -> list[Scan]:
@@ -211,6 +230,16 @@ def _languages(recipe: Recipe, valid: Sequence[Scan], train: Sequence[Scan]) -> 
         for code, count in _by_language(scan, np.asarray(scan.array("keys")) < np.uint64(threshold)).items():
             of(code).held_out_documents += count[0]
     return found
+
+
+def _lacks_candidates(scan: Scan, found: dict[str, _Language]) -> bool:
+    """Whether a scan was bounded by inputs that are no longer there, so that it left out what now has a place."""
+    return any(
+        scan.misses(name, code, getattr(found[code], name).bound)
+        for code in scan.languages
+        if code in found
+        for name in ("sample", "valid")
+    )
 
 
 def _by_language(scan: Scan, which: NDArray[np.bool_]) -> dict[str, tuple[int, int]]:
@@ -272,7 +301,8 @@ def _hold_out_smallest(recipe: Recipe, found: dict[str, _Language], train: Seque
         for scan, kept in zip(train, split.kept, strict=True):
             # the text is left out of every language
             kept &= np.asarray(scan.array("keys")) != np.uint64(key)
-        language.sample.discard(key)
+        for other in found.values():
+            other.sample.discard(key)
         language.valid.add(key, document, document.num_bytes)
         language.held_out_documents += 1
         language.smallest_key_rule = True
@@ -292,11 +322,14 @@ def _skipped(scans: Sequence[Scan]) -> Counter[str]:
     return total
 
 
-def _check(recipe: Recipe, found: dict[str, _Language], skipped: Counter[str]) -> None:
+def _check(recipe: Recipe, found: dict[str, _Language], skipped: Counter[str], split: _Split) -> None:
     corpus = recipe.corpus
     trained = sorted(code for code, language in found.items() if language.train_documents)
     if not trained and not corpus.languages:
-        raise CorpusError("corpus.train holds no documents: check the files it names")
+        why = "holds no documents: check the files it names"
+        if split.of_valid:
+            why = f"holds nothing but the texts of corpus.valid ({split.of_valid} documents): give other text to train on"
+        raise CorpusError(f"corpus.train {why}")
     missing = [code for code in corpus.languages or [] if code not in trained]
     if missing:
         there = sorted({*trained, *skipped})
@@ -349,6 +382,8 @@ def _manifest(
         },
         "sources": {"train": described(corpus.train, inputs), "valid": described(corpus.valid, valid_inputs)},
         "scans": [scan.folder.name for scan in train],
+        "contents": [scan.content for scan in train],
+        "block_bytes": recipe.executor.block_bytes,
         "valid_keys": hash_value([scan.folder.name for scan in valid]) if corpus.valid else None,
     }
 

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import orjson
@@ -22,7 +21,7 @@ from megaxelm.corpus.inputs import (
     Input,
     chunks,
     dataset_name,
-    is_remote,
+    folder_name,
     lines,
     open_bytes,
     open_dataset,
@@ -90,7 +89,8 @@ class Tally:
     def lacks(self, place: str, name: str, kind: str, row: dict[str, Any]) -> None:
         """Count a document without the field `name`, which `corpus.fields.<kind>` asks for."""
         self._lacking += 1
-        has = ", ".join(map(str, list(row)[:20])) or "none"
+        # names may hold half surrogates, which no file takes
+        has = ", ".join(map(str, list(row)[:20])).encode("utf-8", "backslashreplace").decode("utf-8") or "none"
         if not self._lacking_field:
             self._lacking_field, self._lacking_row = kind, has
         self.count_broken(place, f"no field `{name}` (it has: {has})")
@@ -180,7 +180,7 @@ def _row(mark: Mark, place: str, row: dict[str, Any], tally: Tally, language: st
             return None
         else:
             language = row[fields.language]
-            if not isinstance(language, str) or not language:
+            if not isinstance(language, str) or not language or not _is_unicode(language):
                 tally.count_broken(place, f"`{fields.language}` is {_shown(language)}, not a language code")
                 return None
     if fields.text not in row:
@@ -237,14 +237,7 @@ def _text_rows(item: Input, source: FileSource, tally: Tally, start: Mark) -> _F
         except UnicodeDecodeError as error:
             tally.count_broken(place, f"not UTF-8 ({error.reason} at byte {error.start})")
             continue
-        folder = PurePosixPath(address).parent.name if is_remote(address) else _folder_name(address)
-        yield Mark(number), place, {fields.text: text, fields.language: folder}
-
-
-def _folder_name(address: str) -> str:
-    from pathlib import Path
-
-    return Path(address).resolve().parent.name
+        yield Mark(number), place, {fields.text: text, fields.language: folder_name(address)}
 
 
 def _json_rows(address: str, tally: Tally, start: Mark) -> _Found:
@@ -283,7 +276,8 @@ def _parquet_rows(address: str, tally: Tally, start: Mark) -> _Found:
     number = 0
     try:
         with open_bytes(address) as file, pq.ParquetFile(file) as table:
-            columns = [column.name for column in table.schema_arrow if not pa.types.is_nested(column.type)]
+            asked = {getattr(tally.corpus.fields, name) for name in type(tally.corpus.fields).model_fields}
+            columns = [column.name for column in table.schema_arrow if column.name in asked or _is_meta(column.type)]
             groups = list(range(table.metadata.num_row_groups))
             while groups and number + table.metadata.row_group(groups[0]).num_rows <= start.rows:
                 number += table.metadata.row_group(groups.pop(0)).num_rows
@@ -302,6 +296,17 @@ def _parquet_rows(address: str, tally: Tally, start: Mark) -> _Found:
         raise CorpusError(
             f"{address}: cannot be read as Parquet after row {number} ({error}); write it again or leave it out of corpus.train"
         ) from None
+
+
+def _is_meta(kind: Any) -> bool:
+    """Whether a Parquet column can be kept as a document's `meta`. Others are not read: not every date is one to Python."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)) or (
+        pa.types.is_boolean(kind)
+    )
 
 
 def _dataset_rows(item: Input, source: HuggingFaceSource, start: Mark) -> _Found:

@@ -3,7 +3,7 @@
 A block is a run of documents of one input, up to `executor.block_bytes` of text: what one worker tokenises at a time. The result of a scan
 lies under a name made from the content of the input and the settings that matter, so nothing is scanned twice:
 
-    result.json        counts, blocks, languages
+    result.json        counts, blocks, languages, and the hashes of the other files
     keys.npy           uint64 [documents], text keys
     languages.npy      uint16 [documents], numbers in `languages`; SKIPPED for a language that was not asked for
     sizes.npy          uint32 [documents], UTF-8 bytes
@@ -14,7 +14,6 @@ lies under a name made from the content of the input and the settings that matte
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,13 +31,16 @@ from megaxelm.corpus.document import Document, text_key
 from megaxelm.corpus.executor import Progress, UnitsStep
 from megaxelm.corpus.inputs import AnySource, Input
 from megaxelm.corpus.readers import Mark, Row, Tally, check_language, read_rows
+from megaxelm.corpus.sealed import finished_folder, read_sealed, write_sealed
 from megaxelm.corpus.smallest import SmallestKeys
-from megaxelm.errors import CorpusError
-from megaxelm.files import hash_value, read_json, remove, write_json
-from megaxelm.recipe import CorpusConfig, Recipe, result_settings
+from megaxelm.errors import CorpusError, StageError
+from megaxelm.files import hash_value
+from megaxelm.recipe import CatalogSource, CorpusConfig, Recipe, result_settings
 
 SKIPPED = 0xFFFF
-_VERSION = 1
+RESULT_FILE = "result.json"
+_VERSION = 2
+_FILES = ("keys.npy", "languages.npy", "sizes.npy", "sample.jsonl", "valid.jsonl", "smallest.jsonl")
 _REPORT_DOCUMENTS = 500
 
 
@@ -60,27 +62,31 @@ class Block:
 
 
 class Scan:
-    """The finished scan of an input."""
+    """The finished scan of an input.
+
+    Raises:
+        CorpusError: a file of it is missing or damaged.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder = folder
         self.number = number
-        self.result = read_json(folder / "result.json", blocks=list, languages=list, examples=list, documents=int)
+        try:
+            self.result = read_sealed(folder, RESULT_FILE)
+        except StageError as error:
+            raise CorpusError(
+                f"scan {folder}: damaged ({error}); remove it and start again with --from corpus: only what is missing is scanned"
+            ) from None
         self.languages: list[str] = self.result["languages"]
 
-    def array(self, name: str) -> NDArray[Any]:
-        """`keys`, `languages` or `sizes` of all documents.
+    @property
+    def content(self) -> str:
+        """Hash of the keys, languages and sizes of all documents."""
+        return hash_value([self.result["files"][f"{name}.npy"] for name in ("keys", "languages", "sizes")] + self.languages)
 
-        Raises:
-            CorpusError: the file is damaged.
-        """
-        path = self.folder / f"{name}.npy"
-        try:
-            found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CorpusError(f"{path}: missing or damaged ({error}); remove its folder and start again") from None
-        if found.shape != (self.result["documents"],):
-            raise CorpusError(f"{path}: damaged ({found.shape} values); remove its folder and start again")
+    def array(self, name: str) -> NDArray[Any]:
+        """`keys`, `languages` or `sizes` of all documents."""
+        found: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         return found
 
     def blocks(self) -> list[Block]:
@@ -96,6 +102,15 @@ class Scan:
             for line in file:
                 row = json.loads(line)
                 yield row.pop("key"), Document(**row)
+
+    def misses(self, name: str, language: str, bound: int | None) -> bool:
+        """Whether candidates with keys below `bound` (None: any) may be lacking, because other inputs had left no place for them."""
+        own = self.result["bounds"].get(name, {}).get(language)
+        return own is not None and (bound is None or own < bound)
+
+    def forget(self) -> None:
+        """Make the scan count as not done."""
+        (self.folder / RESULT_FILE).unlink(missing_ok=True)
 
 
 class ScanStep(UnitsStep):
@@ -150,24 +165,16 @@ class ScanStep(UnitsStep):
 
     def size(self, unit: int) -> int:
         """Bytes of the input as it is stored, where that is known."""
-        size = self.inputs[unit].value.partition(":")[0]
-        return int(size) if size.isdigit() else 0
+        size, colon, _ = self.inputs[unit].value.partition(":")
+        return int(size) if colon and size.isdigit() else 0
 
     def is_done(self, unit: int) -> bool:
-        return (self.store / self.keys[unit] / "result.json").exists()
+        return (self.store / self.keys[unit] / RESULT_FILE).exists()
 
     def do(self, unit: int, progress: Progress) -> None:
         """Scan one input."""
-        target = self.store / self.keys[unit]
-        aside = self.store / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
-        remove(aside)
-        aside.mkdir(parents=True)
-        try:
-            self._scan(self.inputs[unit], aside, progress)
-            if not target.exists():
-                os.rename(aside, target)
-        finally:
-            remove(aside)
+        with finished_folder(self.store / self.keys[unit], lambda: self.is_done(unit)) as out:
+            self._scan(self.inputs[unit], out, progress)
 
     def _scan(self, item: Input, out: Path, progress: Progress) -> None:
         corpus = self.recipe.corpus
@@ -183,8 +190,8 @@ class ScanStep(UnitsStep):
                 pass
         work.write(out)
         self._tighten(work.chosen)
-        # last: what has a result is whole
-        write_json(out / "result.json", work.result(item.name) | {"total": tally.total, "broken": tally.broken, "examples": tally.examples})
+        counts = {"total": tally.total, "broken": tally.broken, "examples": tally.examples}
+        write_sealed(out, RESULT_FILE, work.result(item.name) | counts, _FILES)
 
     def _valid_keys(self) -> NDArray[np.uint64]:
         return np.zeros(0, np.uint64) if self.valid_keys is None else np.load(self.valid_keys)
@@ -195,10 +202,14 @@ class ScanStep(UnitsStep):
             seen = self._seen.setdefault(place, SmallestKeys(kept.max_bytes))
             for key, size, _ in kept.items():
                 seen.add(key, None, size)
+            if kept.bound is not None:
+                seen.bound = kept.bound if seen.bound is None else min(kept.bound, seen.bound)
 
     def _detect(self, text: str) -> str:
         if self._detector is None:
-            self._detector = Detector(self.recipe.corpus.languages)
+            corpus = self.recipe.corpus
+            given = {source.language for source in [*corpus.train, *corpus.valid] if not isinstance(source, CatalogSource)}
+            self._detector = Detector(corpus.languages, [code for code in given if code is not None])
         return self._detector.detect(text)
 
 
@@ -300,7 +311,11 @@ class _Work:
         write_documents(out / "smallest.jsonl", (self.smallest[language] for language in sorted(self.smallest)))
 
     def result(self, name: str) -> dict[str, Any]:
+        bounds: dict[str, dict[str, int]] = {}
+        for kind, language in self.chosen.keys() & self.bounds.keys():
+            bounds.setdefault(kind, {})[language] = self.bounds[kind, language]
         return {
+            "bounds": bounds,
             "name": name,
             "documents": len(self.keys),
             "languages": list(self.numbers),

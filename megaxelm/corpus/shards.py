@@ -1,6 +1,6 @@
 """Token shards: a block of the corpus, tokenised once, its documents grouped by language in their order.
 
-shard.json      languages with documents, tokens, bytes and the hash of their tokens; written last
+shard.json      languages with documents, tokens, bytes and the hash of their tokens, hashes of the other files; written last
 tokens.bin      raw token ids, uint16 or int32 as in the index, every document with its special tokens
 lengths.npy     int32 [documents], tokens of each
 keys.npy        uint64 [documents], text keys
@@ -21,9 +21,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from megaxelm.corpus.document import TokenDocument
+from megaxelm.corpus.sealed import read_sealed, write_sealed
 from megaxelm.corpus.token_index import token_dtype
 from megaxelm.errors import StageError, TokenIndexError
-from megaxelm.files import read_json, write_json
 
 SHARD_FILE = "shard.json"
 _WAY_OUT = "remove it and start again (--from tokens): only what is missing is tokenised"
@@ -56,7 +56,7 @@ class TokenShard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            found = read_json(folder / SHARD_FILE, languages=list, vocab_size=int)
+            found = read_sealed(folder, SHARD_FILE)
             self.vocab_size: int = found["vocab_size"]
             self.sections = [Section(**item) for item in found["languages"]]
             self.lengths: NDArray[np.int32] = np.load(folder / "lengths.npy", mmap_mode="r", allow_pickle=False)
@@ -136,7 +136,8 @@ def write_shard(
     np.save(folder / "lengths.npy", np.array([len(tokens[i]) for i in order], np.int32))
     np.save(folder / "keys.npy", keys[order])
     np.save(folder / "sizes.npy", sizes[order])
-    write_json(folder / SHARD_FILE, {"vocab_size": vocab_size, "languages": [asdict(section) for section in sections]})
+    value = {"vocab_size": vocab_size, "languages": [asdict(section) for section in sections]}
+    write_sealed(folder, SHARD_FILE, value, ("lengths.npy", "keys.npy", "sizes.npy"))
 
 
 def document_order(languages: Sequence[str]) -> list[int]:

@@ -6,7 +6,6 @@ everything, and a longer corpus what is new. The stage's own folder holds `manif
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,13 +20,14 @@ from megaxelm.corpus.executor import Progress, UnitsStep, run_units
 from megaxelm.corpus.prepare import kept_documents, load_manifest, training_inputs
 from megaxelm.corpus.readers import Row, Tally, read_rows
 from megaxelm.corpus.scan import Block, Scan, ScanStep, hash_id
+from megaxelm.corpus.sealed import finished_folder
 from megaxelm.corpus.shards import SHARD_FILE, TokenShard, write_shard
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import CorpusError, StageError
 from megaxelm.files import hash_value, read_json, remove, write_json
 from megaxelm.recipe import Recipe
 
-_VERSION = 1
+_VERSION = 2
 _BATCH_BYTES = 1 << 20
 
 
@@ -36,15 +36,16 @@ class Blocks:
 
     Args:
         shards: where the scans lie.
+        block_bytes: text of a block. None: as the corpus stage made them.
     """
 
-    def __init__(self, recipe: Recipe, corpus_folder: Path, shards: Path) -> None:
+    def __init__(self, recipe: Recipe, corpus_folder: Path, shards: Path, block_bytes: int | None = None) -> None:
         self.recipe = recipe
         self.corpus_folder = corpus_folder
         self.used = frozenset(load_manifest(corpus_folder)["languages"])
         self.step: ScanStep
         self.scans: list[Scan]
-        self.step, self.scans = training_inputs(recipe, corpus_folder, shards)
+        self.step, self.scans = training_inputs(recipe, corpus_folder, shards, block_bytes)
         self.blocks = [block for scan in self.scans for block in scan.blocks() if self.kept(block).any()]
 
     def kept(self, block: Block) -> NDArray[np.bool_]:
@@ -80,6 +81,8 @@ class Blocks:
             if kept:
                 yield row
         if found != block.documents or digest.hexdigest() != block.text_hash:
+            # the name of a scan does not tell such changes, so it would be taken for this file's again
+            self.scans[block.input].forget()
             raise CorpusError(f"{item.name}: has changed since the corpus stage read it; start again with --from corpus")
 
     def documents(self, block: Block) -> Iterator[Document]:
@@ -119,16 +122,8 @@ class TokensStep(UnitsStep):
         """Tokenise one block."""
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.load(self.tokenizer_folder)
-        target = self.store / self.keys[unit]
-        aside = self.store / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
-        remove(aside)
-        aside.mkdir(parents=True)
-        try:
-            self._write(self._tokenizer, self.blocks.blocks[unit], aside, progress)
-            if not target.exists():
-                os.rename(aside, target)
-        finally:
-            remove(aside)
+        with finished_folder(self.store / self.keys[unit], lambda: self.is_done(unit)) as out:
+            self._write(self._tokenizer, self.blocks.blocks[unit], out, progress)
 
     def _write(self, tokenizer: Tokenizer, block: Block, out: Path, progress: Progress) -> None:
         tokens: list[NDArray[np.int32]] = []
@@ -147,7 +142,7 @@ def build_tokens(recipe: Recipe, corpus_folder: Path, tokenizer_folder: Path, sh
     Raises:
         CorpusError: the source has changed since the corpus stage read it.
     """
-    blocks = Blocks(recipe, corpus_folder, shards)
+    blocks = Blocks(recipe, corpus_folder, shards, recipe.executor.block_bytes)
     step = TokensStep(blocks, tokenizer_folder, shards / "tokens", shards / "reports" / "tokens")
     run_units(step, recipe.executor, "tokens")
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -158,21 +153,40 @@ def build_tokens(recipe: Recipe, corpus_folder: Path, tokenizer_folder: Path, sh
             counts["documents"] += section.documents
             counts["tokens"] += section.tokens
             counts["bytes"] += section.num_bytes
+    _check_counts(languages, load_manifest(corpus_folder)["languages"])
     manifest = {
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         "vocab_size": tokenizer.vocab_size,
         "begin": len(tokenizer.document([])) - 1,
         "languages": dict(sorted(languages.items())),
+        "block_bytes": recipe.executor.block_bytes,
         "shards": step.keys,
     }
     write_json(out / "manifest.json", manifest)
     _forget(shards / "tokens", step.keys)
 
 
+def _check_counts(found: dict[str, dict[str, int]], expected: dict[str, dict[str, int]]) -> None:
+    """Nothing lost, nothing twice: what the shards hold is what the corpus stage counted."""
+    for language in sorted({*found, *expected}):
+        has = {unit: found.get(language, {}).get(unit, 0) for unit in ("documents", "bytes")}
+        wanted = {unit: expected.get(language, {}).get(f"train_{unit}", 0) for unit in ("documents", "bytes")}
+        if has != wanted:
+            raise CorpusError(
+                f"{language}: the token shards hold {has}, the corpus stage counted {wanted}: its folder is damaged; start again with "
+                "--from corpus"
+            )
+
+
 def load_tokens(tokens_folder: Path) -> dict[str, Any]:
-    """`manifest.json` of the stage: `tokenizer`, `vocab_size`, `begin` (special tokens in front), `languages`, `shards` in order."""
+    """`manifest.json` of the stage.
+
+    It holds `tokenizer`, `vocab_size`, `begin` (special tokens in front), `languages`, `block_bytes`, `shards` in order.
+    """
     try:
-        return read_json(tokens_folder / "manifest.json", languages=dict, shards=list, vocab_size=int, begin=int, tokenizer=dict)
+        return read_json(
+            tokens_folder / "manifest.json", languages=dict, shards=list, vocab_size=int, begin=int, tokenizer=dict, block_bytes=int
+        )
     except StageError as error:
         raise StageError(f"{error} (--from tokens)") from None
 

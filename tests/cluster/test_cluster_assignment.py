@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import eye, kron, vstack
 
-from megaxelm.cluster import assignment, transport
+from megaxelm.cluster import assignment, prices, transport
 from megaxelm.cluster.assignment import balanced_assignment, bounds
-from megaxelm.cluster.prices import Problem, _sweep, raise_prices
+from megaxelm.cluster.prices import Problem, balance
 from megaxelm.errors import ClusterError
 
 
@@ -60,9 +60,9 @@ KINDS = st.sampled_from(["smooth", "ties", "skewed", "repeated"])
 def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small inputs take the way of large ones: prices of a sample, a few rows picked, the rest settled."""
     monkeypatch.setattr(assignment, "_FEW_ROWS", 5)
-    monkeypatch.setattr(assignment, "_ROUGH_ROWS", 10)
-    monkeypatch.setattr(assignment, "_ROUGH_ROWS_A_CLUSTER", 2)
-    monkeypatch.setattr(assignment, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(assignment, "_SAMPLE_ROWS", 10)
+    monkeypatch.setattr(assignment, "_SAMPLE_ROWS_A_CLUSTER", 2)
+    monkeypatch.setattr(prices, "_BLOCK_COSTS", 40)
 
 
 @settings(deadline=None, max_examples=150)
@@ -210,12 +210,13 @@ def test_a_cost_that_is_not_finite_is_an_error() -> None:
         balanced_assignment(np.array([[0.0, np.nan], [1.0, 2.0]]))
 
 
-def test_the_cheapest_cluster_and_how_much_dearer_the_next_one_is() -> None:
+def test_the_cheapest_cluster_and_how_much_dearer_the_next_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prices, "_BLOCK_COSTS", 40)
     rng = np.random.default_rng(5)
-    costs, prices = rng.random((6, 50)), rng.normal(size=6)
-    labels, margin = assignment.cheapest(torch.from_numpy(costs), prices)
-    offers = np.sort(costs + prices[:, None], axis=0)
-    assert np.array_equal(labels.numpy(), (costs + prices[:, None]).argmin(axis=0))
+    costs, added = rng.random((6, 50)), rng.normal(size=6)
+    labels, margin = prices.cheapest(torch.from_numpy(costs), added)
+    offers = np.sort(costs + added[:, None], axis=0)
+    assert np.array_equal(labels.numpy(), (costs + added[:, None]).argmin(axis=0))
     assert np.allclose(margin.numpy(), offers[1] - offers[0])
 
 
@@ -225,22 +226,66 @@ def test_prices_alone_leave_little_in_the_wrong_cluster(weighted: bool) -> None:
     costs = rng.random((8, 4000)) * rng.uniform(0.2, 1.0, size=8)[:, None]
     weights = rng.uniform(0.5, 1.5, size=4000) if weighted else None
     equal = (4000.0 if weights is None else float(weights.sum())) / 8
-    problem = Problem(costs, weights, np.zeros(8), 0.9 * equal, 1.1 * equal)
-    prices = raise_prices(problem, np.zeros(8), enough=16.0)
-    loads = problem.loads((costs + prices[:, None]).argmin(axis=0))
-    assert np.abs(loads - problem.wanted(prices, loads)).sum() <= 16.0
-    assert (prices == 0).any() and (prices > 0).any() and (prices < 0).any()
+    problem = Problem(torch.from_numpy(costs), weights, np.zeros(8), 0.9 * equal, 1.1 * equal)
+    found = balance(problem, np.zeros(8), enough=16.0)
+    loads = problem.loads((costs + found[:, None]).argmin(axis=0))
+    assert np.abs(loads - problem.wanted(found, loads)).sum() <= 16.0
+    assert (found == 0).any() and (found > 0).any() and (found < 0).any()
 
 
-def test_a_sweep_of_prices_gives_each_cluster_its_share_in_turn() -> None:
+def test_prices_are_found_where_the_present_ones_send_every_row_to_one_cluster() -> None:
     rng = np.random.default_rng(7)
-    costs = rng.random((5, 1000))
-    problem = Problem(costs, None, np.zeros(5), 200.0, 200.0)
-    prices = _sweep(problem, rng.normal(size=5) * 0.1)
-    assert problem.loads((costs + prices[:, None]).argmin(axis=0))[4] == 200
-    for _ in range(60):
-        prices = _sweep(problem, prices)
-    assert np.abs(problem.loads((costs + prices[:, None]).argmin(axis=0)) - 200).max() <= 4
+    costs = rng.random((9, 3000)) + 5 * rng.random(9)[:, None]
+    problem = Problem(torch.from_numpy(costs).float(), None, np.zeros(9), 333.0, 334.0)
+    found = balance(problem, np.zeros(9), enough=9.0)
+    assert np.abs(problem.loads((costs + found[:, None]).argmin(axis=0)) - 3000 / 9).sum() <= 20
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_slope_and_the_curvature_of_the_smooth_dual_are_its_derivatives(weighted: bool) -> None:
+    rng = np.random.default_rng(8)
+    costs, weights = torch.from_numpy(rng.random((4, 60))), rng.random(60) + 0.5 if weighted else None
+    problem = Problem(costs, weights, rng.random(4) * 5, 10.0, 20.0)
+    on_device = None if weights is None else torch.from_numpy(weights)
+    at, hair = np.array([0.1, -0.2, 0.05, 0.3]), 1e-6
+    here = prices._Smooth.at(problem, on_device, at, 0.1)
+    for cluster, step in enumerate(hair * np.eye(4)):
+        more, less = (prices._Smooth.at(problem, on_device, at + sign * step, 0.1) for sign in (1, -1))
+        assert (more.value - less.value) / (2 * hair) == pytest.approx(here.excess[cluster], rel=1e-6)
+        assert np.allclose((less.excess - more.excess) / (2 * hair), here.curvature[cluster], rtol=1e-6, atol=1e-6)
+
+
+def test_picked_rows_are_the_nearest_to_leave_and_to_enter_each_cluster() -> None:
+    """The last cluster lies apart: its rows are far from any choice, and still some are picked to leave it and to enter it."""
+    rng = np.random.default_rng(9)
+    costs = rng.random((4, 2000))
+    costs[3, :1500] += 50
+    costs[:3, 1500:] += 50
+    problem = Problem(torch.from_numpy(costs), None, np.zeros(4), 500.0, 500.0)
+    labels, margin = prices.cheapest(problem.costs, np.zeros(4))
+    rows = assignment._near_to_a_choice(problem, np.zeros(4), labels, margin, 80).numpy()
+    own = np.flatnonzero(labels.numpy() == 3)
+    assert set(own[np.argsort(margin.numpy()[own])[:10]]) <= set(rows)
+    dearer = costs[3] - costs.min(axis=0)
+    assert set(np.argsort(np.where(labels.numpy() == 3, np.inf, dearer))[:10]) <= set(rows)
+    assert 40 <= len(rows) <= 120 and (np.diff(rows) > 0).all()
+
+
+def test_prices_that_move_farther_than_a_settled_row_is_from_a_choice_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that are picked are wrong ones at first: those that are left must not be taken for settled."""
+    picked = []
+
+    def badly(problem: Problem, at: np.ndarray, labels: torch.Tensor, margin: torch.Tensor, number: int) -> torch.Tensor:
+        picked.append(number)
+        return margin.argsort(descending=True)[:number].sort().values if len(picked) == 1 else near(problem, at, labels, margin, number)
+
+    near = assignment._near_to_a_choice
+    monkeypatch.setattr(assignment, "_near_to_a_choice", badly)
+    monkeypatch.setattr(assignment, "_FEW_ROWS", 100)
+    costs = np.random.default_rng(10).random((400, 4))
+    labels, _ = balanced_assignment(costs, np.array([0.0, 0.01, -0.01, 0.0]))
+    assert np.bincount(labels).tolist() == [100] * 4 and len(picked) > 1
+    assert costs[np.arange(400), labels].sum() == pytest.approx(cheapest(costs), abs=1e-9)
 
 
 def test_rows_of_the_same_cost_move_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,42 @@ def test_one_iteration_from_given_centres_is_the_cheapest_balanced_division_and_
     assert np.allclose(np.asarray(centres), [vectors[labels == j].mean(axis=0) for j in range(4)], atol=1e-6)
 
 
+def test_where_nothing_changes_any_more_the_centres_are_means_and_each_division_is_the_cheapest() -> None:
+    """Centres that went beyond their means on the way end at them."""
+    vectors = np.random.default_rng(17).normal(size=(200, 3))
+    centres, labels = refine(vectors, vectors[:4], 200)
+    means = np.stack([vectors[np.asarray(labels) == j].mean(axis=0) for j in range(4)])
+    assert np.allclose(np.asarray(centres), means, atol=1e-5)
+    assert np.array_equal(np.asarray(refine(vectors, means, 1)[1]), np.asarray(labels))
+
+
+def test_few_iterations_get_farther_than_plain_ones() -> None:
+    vectors = np.random.default_rng(18).normal(size=(3000, 4))
+    centres, labels = vectors[:6], np.zeros(0)
+    for _ in range(8):
+        centres, labels = refine(vectors, centres, 1)
+    assert objective(vectors, np.asarray(refine(vectors, vectors[:6], 8)[1])) < objective(vectors, np.asarray(labels))
+
+
+def test_every_division_on_the_way_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    divisions = []
+
+    def kept(costs: torch.Tensor, *options: object) -> tuple[torch.Tensor, object]:
+        labels, prices = assign(costs, *options)
+        divisions.append((costs.numpy().copy(), labels.numpy().copy()))
+        return labels, prices
+
+    assign = kmeans.assign
+    monkeypatch.setattr(kmeans, "assign", kept)
+    refine(np.random.default_rng(19).normal(size=(60, 3)), np.random.default_rng(20).normal(size=(4, 3)), 5)
+    for costs, labels in divisions:
+        slots = np.repeat(costs.T.astype(np.float64), 15, axis=1)
+        rows, columns = linear_sum_assignment(slots)
+        assert np.bincount(labels).tolist() == [15] * 4
+        assert costs[labels, rows].sum() == pytest.approx(slots[rows, columns].sum(), rel=1e-5)
+    assert len(divisions) > 1
+
+
 def test_weights_balance_what_the_clusters_weigh_and_move_their_centres() -> None:
     rng = np.random.default_rng(9)
     vectors, weights = rng.normal(size=(500, 4)), rng.lognormal(4, 1, size=500)

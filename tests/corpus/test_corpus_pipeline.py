@@ -19,9 +19,12 @@ from reading import training_documents
 from tiny_run import REPOSITORY
 
 from megaxelm.corpus.index_folder import load_index_manifest
+from megaxelm.corpus.shards import TokenShard
 from megaxelm.corpus.token_index import TokenIndex
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import ClusterError, CorpusError, StageError, TokenIndexError
+from megaxelm.run import RunFolder
+from megaxelm.stages import Stages
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +213,77 @@ def test_a_shard_that_was_cut_is_found(made: Path, run: Path) -> None:
     assert index_hashes(run) == index_hashes(made / "run")
 
 
+def test_another_block_size_in_a_half_made_run_gives_the_same(made: Path, tmp_path: Path) -> None:
+    def recipe(size: int, k: int = 2) -> Any:
+        settings = {"executor": {"block_bytes": size}, "clusters": {"k": k}, "train": {"batch_sequences": 12}}
+        return pipeline_recipe(made / "corpus", made / "run" / "tokenizer", **settings)
+
+    run = tmp_path / "run"
+    prepare(run, recipe(3000), until="corpus")
+    prepare(run, recipe(1500), until="tokens")
+    prepare(run, recipe(6000))
+    assert index_hashes(run) == index_hashes(made / "run")
+    assert len(json.loads((run / "tokens" / "manifest.json").read_text())["shards"]) > 50
+    prepare(run, recipe(6000, k=3))
+    manifest = load_index_manifest(run / "index")
+    counted = sum(item["documents"] for languages in manifest["clusters"].values() for item in languages.values())
+    assert counted == sum(TokenIndex(path.with_suffix("")).num_documents for path in (made / "run" / "index").rglob("*.idx"))
+
+
+def test_other_documents_of_a_block_are_tokenised_again(made: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"language": "en", "text": f"the house {i:02}"}) + "\n" for i in range(20)]
+    corpus, valid = tmp_path / "corpus", tmp_path / "valid.jsonl"
+    corpus.mkdir()
+    (corpus / "a.jsonl").write_text("".join(lines))
+    recipe = pipeline_recipe(
+        corpus, made / "run" / "tokenizer", corpus={"valid": str(valid)}, clusters={"k": 1}, train={"batch_sequences": 1}
+    )
+    for held_out in (3, 7):
+        valid.write_text(lines[held_out])
+        prepare(tmp_path / "run", recipe, until="tokens")
+        store = tmp_path / "run" / "shards" / "tokens"
+        (shard,) = [TokenShard(path) for path in store.iterdir()]
+        tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+        found = [tokenizer.decode(document.tokens.tolist()) for document in shard.documents(1, 1)]
+        assert found == [f"the house {i:02}" for i in range(20) if i != held_out]
+
+
+def test_a_file_that_changes_before_it_is_read_for_other_blocks_is_found(made: Path, tmp_path: Path) -> None:
+    corpus = write_files(tmp_path / "corpus", files=1, documents=2000)
+    sizes = [pipeline_recipe(corpus, made / "run" / "tokenizer", executor={"block_bytes": size}) for size in (100_000, 200_000)]
+    prepare(tmp_path / "run", sizes[0], until="corpus")
+    lines = (corpus / "0.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    row = json.loads(lines[1000])
+    lines[1000] = lines[1000].replace(json.dumps(row["text"]), json.dumps(row["text"][::-1]))
+    (corpus / "0.jsonl").write_text("".join(lines), encoding="utf-8")
+    with pytest.raises(CorpusError, match="has changed since the corpus stage read it; start again with --from corpus"):
+        prepare(tmp_path / "run", sizes[1], until="tokens")
+
+
+def test_a_damaged_list_of_what_is_trained_on_is_found(made: Path, run: Path) -> None:
+    path = run / "corpus" / "kept" / "00002.npy"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 8
+    path.write_bytes(data)
+    shutil.rmtree(run / "tokens")
+    with pytest.raises(CorpusError, match="the corpus stage counted .* start again with --from corpus"):
+        prepare(run, pipeline_recipe(made / "corpus"))
+
+
+@pytest.mark.parametrize("name", ["shard.json", "tokens.bin"])
+def test_a_lost_file_of_a_shard_is_made_again_by_the_way_out(made: Path, run: Path, name: str) -> None:
+    recipe = pipeline_recipe(made / "corpus")
+    shard = run / "shards" / "tokens" / json.loads((run / "tokens" / "manifest.json").read_text())["shards"][1]
+    (shard / name).unlink()
+    shutil.rmtree(run / "index")
+    with pytest.raises(TokenIndexError, match=r"remove it and start again \(--from tokens\)"):
+        prepare(run, recipe)
+    if name != "shard.json":
+        shutil.rmtree(shard)
+    Stages(RunFolder(run), recipe, say=lambda text: None).run(until="index", start="tokens")
+    assert index_hashes(run) == index_hashes(made / "run")
+
+
 def test_held_out_text_is_in_no_index_whatever_file_repeats_it(tmp_path: Path, made: Path) -> None:
     corpus = write_files(tmp_path / "corpus", files=4, documents=50)
     lines = [line for number in range(4) for line in (corpus / f"{number}.jsonl").read_text().splitlines()]
@@ -235,8 +309,6 @@ def test_held_out_text_is_in_no_index_whatever_file_repeats_it(tmp_path: Path, m
 
 
 def test_two_runs_on_one_folder_do_not_mix(made: Path, run: Path) -> None:
-    from megaxelm.run import RunFolder
-
     lock = run / ".locks" / "run"
     code = f"import fcntl, time; f = open({str(lock)!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,8 @@ def test_a_change_in_the_middle_of_a_long_file_is_found_when_it_is_read(tmp_path
     path.write_bytes(before.replace(b"sw text number 3000\\n", b"SW text number 3000\\n"))
     with pytest.raises(CorpusError, match="a.jsonl: has changed since"):
         training_documents(made, out)
+    made, out, _ = prepared(tmp_path, train=str(path), held_out={"share": 0.1})
+    assert any("SW text number 3000" in document.text for document in training_documents(made, out))
 
 
 def test_repeated_texts_are_left_out_once_asked_for_and_the_first_stays(tmp_path: Path) -> None:
@@ -229,6 +232,14 @@ def test_repeated_texts_are_left_out_once_asked_for_and_the_first_stays(tmp_path
     assert documents == list(first.values())
     assert manifest["duplicates"] == len(everything) - len(documents) > 0 == before["duplicates"]
     assert manifest["languages"]["sw"]["train_documents"] == len(documents)
+
+
+def test_a_text_counts_as_repeated_only_after_one_that_is_trained_on(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(40)]
+    path = write(tmp_path / "a.jsonl", [(code, text) for code in ("en", "sw") for text in texts])
+    made, out, manifest = prepared(tmp_path, train=path, languages=["sw"], held_out={"share": 0.1}, deduplicate="exact")
+    held_out = manifest["languages"]["sw"]["held_out_documents"]
+    assert manifest["duplicates"] == 0 and len(training_documents(made, out)) == 40 - held_out > 30
 
 
 def test_near_duplicates_are_left_out_in_any_script(tmp_path: Path) -> None:
@@ -271,3 +282,87 @@ def test_languages_are_detected_where_the_recipe_asks(tmp_path: Path) -> None:
     assert set(manifest["languages"]) == set(texts)
     with pytest.raises(CorpusError, match="corpus.language = detect: the detector does not know xq"):
         prepared(tmp_path, train=str(tmp_path / "a.jsonl"), language="detect", languages=["xq"])
+
+
+def test_a_language_that_the_detector_does_not_know_may_be_named_by_its_source(tmp_path: Path) -> None:
+    own = {"files": [write(tmp_path / "own.jsonl", [("", f"maneno ya lugha nyingine {i}") for i in range(60)])], "language": "xq"}
+    other = write(tmp_path / "other.jsonl", [("", f"this is plainly an English sentence with number {i}") for i in range(60)])
+    made, out, manifest = prepared(tmp_path, train=[own, other], language="detect", languages=["en", "xq"], held_out={"share": 0.1})
+    assert set(manifest["languages"]) == {"en", "xq"}
+    with pytest.raises(CorpusError, match="the detector does not know xq"):
+        prepared(tmp_path, train=[own, other], language="detect", languages=["xq"])
+
+
+def test_a_file_in_two_sources_loses_no_text_when_repeated_texts_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows("sw", 50))
+    made, out, manifest = prepared(tmp_path, train=[path, path], held_out={"share": 0.1}, deduplicate="exact")
+    documents = training_documents(made, out)
+    alone, other, _ = prepared(tmp_path, train=path, held_out={"share": 0.1})
+    assert documents == training_documents(alone, other)
+    assert manifest["duplicates"] == len(documents) > 0
+
+
+@pytest.mark.parametrize("role", ["train", "valid"])
+def test_what_an_earlier_corpus_held_never_shows_in_sample_and_held_out_text(tmp_path: Path, role: str) -> None:
+    for number in range(4):
+        write(tmp_path / f"{number}.jsonl", [("sw", f"{number}: maandishi namba {i}") for i in range(200)])
+    other = write(tmp_path / "other", [("sw", f"maneno mengine {i}") for i in range(20)])
+    arguments: dict[str, Any] = {role: f"{tmp_path}/*.jsonl", "sample_bytes": 1000, "valid_bytes": 1000}
+    arguments |= {"held_out": {"share": 0.1}} if role == "train" else {"train": [{"files": [other], "format": "jsonl"}]}
+    prepared(tmp_path, **arguments)
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").unlink()
+    _, after, _ = prepared(tmp_path, **arguments)
+    (tmp_path / "shards").rename(tmp_path / "old")
+    _, alone, _ = prepared(tmp_path, **arguments)
+    for name in ("sample", "valid"):
+        assert (after / name / "sw.jsonl").read_bytes() == (alone / name / "sw.jsonl").read_bytes()
+
+
+def test_the_folder_of_text_files_names_their_language_also_when_it_was_renamed(tmp_path: Path) -> None:
+    folder = tmp_path / "en"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    prepared(tmp_path, train=f"{folder}/*.txt", held_out={"share": 0.1})
+    folder.rename(tmp_path / "sw")
+    _, _, manifest = prepared(tmp_path, train=f"{tmp_path}/sw/*.txt", held_out={"share": 0.1})
+    assert set(manifest["languages"]) == {"sw"}
+
+
+def test_a_text_held_out_of_a_small_language_is_in_no_sample(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(3)]
+    path = write(tmp_path / "a.jsonl", [(code, text) for code in ("sw", "en") for text in texts] + rows("en", 50))
+    made, out, manifest = prepared(tmp_path, train=path, held_out={"share": 0.001})
+    held_out = {text_key(d.text) for code in ("sw", "en") for d in read_documents(out / "valid" / f"{code}.jsonl")}
+    assert "sw" in manifest["held_out_by_smallest_key"]
+    assert not held_out & {text_key(d.text) for code in ("sw", "en") for d in read_documents(out / "sample" / f"{code}.jsonl")}
+
+
+def test_training_text_that_is_all_held_out_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows("sw", 10))
+    with pytest.raises(CorpusError, match=r"nothing but the texts of corpus.valid \(10 documents\)"):
+        prepared(tmp_path, train=path, valid=path)
+
+
+@pytest.mark.parametrize("name", ["result.json", "keys.npy", "languages.npy", "sizes.npy", "sample.jsonl", "valid.jsonl", "smallest.jsonl"])
+def test_a_damaged_scan_is_found_and_the_way_out_works(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.jsonl", rows("sw", 100))
+    made, out, _ = prepared(tmp_path, train=path, held_out={"share": 0.1})
+    expected = training_documents(made, out)
+    (folder,) = (tmp_path / "shards" / "scan").iterdir()
+    whole = (folder / name).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for data in (whole[:-3], bytes(flipped), None):
+        (folder / name).unlink()
+        if data is not None:
+            (folder / name).write_bytes(data)
+        with pytest.raises(CorpusError, match="remove it and start again with --from corpus|make the corpus stage again"):
+            training_documents(made, out)
+        if data is not None or name != "result.json":
+            with pytest.raises(CorpusError, match=f"scan .*{folder.name}: damaged"):
+                prepared(tmp_path, train=path, held_out={"share": 0.1})
+            shutil.rmtree(folder)
+        made, out, _ = prepared(tmp_path, train=path, held_out={"share": 0.1})
+        assert training_documents(made, out) == expected

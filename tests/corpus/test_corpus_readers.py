@@ -271,3 +271,31 @@ def test_a_file_behind_fsspec_is_read_like_a_local_one(tmp_path: Path) -> None:
             read("nostore://bucket/x")
     finally:
         store.rm("/bucket", recursive=True)
+
+
+def test_names_and_languages_that_are_no_unicode_are_told_in_escapes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(ROWS) + b'{"\\ud800": 1}\n{"text": "x", "language": "\\ud800"}\n')
+    documents, report = read(path, share=0.5)
+    assert len(documents) == 5 and report.broken == 2
+    assert all(example.encode("utf-8") and "ud800" in example for example in report.examples)
+
+
+def test_parquet_columns_that_python_cannot_hold_do_no_harm(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "text": pa.array([f"habari {i}" for i in range(3)]),
+        "language": pa.array(["sw"] * 3).dictionary_encode(),
+        "when": pa.array([2**50] * 3, pa.timestamp("s")),
+        "fine": pa.array([1, 2, 3], pa.timestamp("ns")),
+        "nested": pa.array([{"text": [1]}] * 3),
+        "likes": pa.array([1, None, 3]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    documents, report = read(tmp_path / "a.parquet")
+    assert [(d.text, d.language, d.meta) for d in documents] == [
+        ("habari 0", "sw", {"likes": 1}), ("habari 1", "sw", {}), ("habari 2", "sw", {"likes": 3}),
+    ]  # fmt: skip
+    assert report.broken == 0
