@@ -68,13 +68,18 @@ def run(
 
 
 @app.command()
-def prepare(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = _RUNS) -> None:
+def prepare(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    start: Annotated[str | None, typer.Option("--from", help="Make this stage and those after it, even when fresh.")] = None,
+    runs: RunsOption = _RUNS,
+) -> None:
     """Prepare a corpus: read, deduplicate, tokenise, assign to clusters, merge into token indexes. Where: the recipe's `executor:`."""
     from megaxelm.stages import Stages
 
     loaded = load_recipe(recipe, overrides or ())
     folder = RunFolder(runs / loaded.name)
-    if not Stages(folder, loaded).run(until="index"):
+    if not Stages(folder, loaded).run(until="index", start=start):
         print(f"{folder.path}: everything is up to date; nothing to do")
 
 

@@ -28,7 +28,7 @@ from megaxelm.corpus.prepare import load_manifest, read_documents
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.corpus.tokens import Blocks, load_tokens
 from megaxelm.errors import ClusterError
-from megaxelm.files import hash_file, hash_value, write_json
+from megaxelm.files import hash_file, hash_value, remove, write_json
 from megaxelm.recipe import ClustersConfig, Recipe
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def build_clusters(recipe: Recipe, corpus_folder: Path, tokens_folder: Path, tok
     run_units(step, recipe.executor, "clusters: assigning")
     counts = step.counts(partitioner.names)
     os.rename(step.store, out / "assignment")
+    remove(step.store.parent)
     report = _report(partitioner, recipe.clusters, languages, counts)
     report |= _diagnostics(recipe, partitioner, corpus_folder, languages, tokenizer, counts)
     write_json(out / REPORT_FILE, report)

@@ -145,7 +145,7 @@ def make_executor(step: UnitsStep, config: ExecutorConfig, size: int) -> Pipelin
     """The executor that a recipe asks for, with as many tasks as the work is worth."""
     common: dict[str, Any] = {"pipeline": [step], "logging_dir": str(step.reports), "skip_completed": False}
     if config.kind == "local":
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         if config.workers is None:
             workers = min(workers, 1 + size // _BYTES_PER_PROCESS)
         tasks = min(config.tasks or _TASKS_PER_WORKER * workers, len(step.todo))

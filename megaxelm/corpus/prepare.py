@@ -90,7 +90,7 @@ def prepare_corpus(recipe: Recipe, shards: Path, out: Path) -> None:
         np.save(_kept_file(out, scan), np.packbits(kept))
     manifest = _manifest(recipe, inputs, used, found, train, valid, split)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _forget_scans(shards, [*train, *valid])
+    _forget_scans(shards, [*train, *valid], keys_file)
 
 
 def training_inputs(recipe: Recipe, corpus_folder: Path, shards: Path, block_bytes: int | None = None) -> tuple[ScanStep, list[Scan]]:
@@ -401,9 +401,9 @@ def _counts(language: _Language) -> dict[str, int]:
     }
 
 
-def _forget_scans(shards: Path, used: Sequence[Scan]) -> None:
-    """Scans of what is no longer in the corpus, and what killed workers left."""
-    names = {scan.folder.name for scan in used}
+def _forget_scans(shards: Path, used: Sequence[Scan], keys_file: Path | None) -> None:
+    """Scans and keys of what is no longer in the corpus, and what killed workers left."""
+    names = {scan.folder.name for scan in used} | ({keys_file.name} if keys_file else set())
     for path in (shards / "scan").iterdir():
-        if path.is_dir() and path.name not in names:
+        if path.name not in names:
             remove(path)
