@@ -5,7 +5,8 @@
 
 100,000 vectors of 100 numbers into 16 clusters of floor(n / k) or ceil(n / k): 64 Gaussians of unequal size, and vectors of real text
 where they are given, drawn again with a little noise up to the number. The peer assigns once more after its last iteration, so ours gets
-one iteration more. Both run in this process turn by turn. The gap of the objectives is a share of what there is to gain: (ours - peer's)
+one iteration more. It also assigns by distances instead of their squares, so the two take different ways from the same start, and either
+may end lower. Both run in this process turn by turn. The gap of the objectives is a share of what there is to gain: (ours - peer's)
 / (random balanced clusters - peer's). `--million` divides 1,000,000 x 100 into 64 and measures time and peak memory, of ours alone.
 Prints a table, then one JSON line. Needs the package k-means-constrained.
 """

@@ -39,7 +39,7 @@ _READ_OFF = 24  # rows that the limit of a picked part is read off, of many
 _FAR = 0.05  # share of the weight in the wrong cluster beyond which prices are sought on a sample first
 _GAIN = 0.5  # what the next attempt must leave at most of the weight in the wrong cluster; else more rows are picked
 _ROUGH = 0.01  # and the share that is near enough there
-_NEAR = 0.002  # and before rows are picked
+_NEAR = 0.01  # and before rows are picked
 
 
 @dataclass(frozen=True)

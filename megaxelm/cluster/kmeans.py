@@ -1,9 +1,10 @@
 """k-means with clusters of equal size or weight (paper, section 3.1).
 
 Each step gives every vector to a centre so that the sum of squared distances is the least possible among all balanced divisions
-(`megaxelm.cluster.assignment`); then each centre moves to the mean of its vectors. The prices of one step start the next.
+(`megaxelm.cluster.assignment`); then each centre moves to the mean of its vectors and, on the way, a little beyond. The prices of one
+step start the next.
 
-Works on the device of the vectors. Beyond them it holds one float32 copy, the float32 costs [k, n] and about 40 bytes a vector; blocks
+Works on the device of the vectors. Beyond them it holds one float32 copy, the float32 costs [k, n] and about 100 bytes a vector; blocks
 of vectors are what is multiplied, so memory and time are linear in n.
 """
 
@@ -31,8 +32,8 @@ _START_ROWS = 65_536
 """Of more vectors the starts are compared on a random sample of so many (at least 256 a cluster), and the best goes on with all."""
 
 _FARTHER = 0.5
-"""Centres go beyond the means by this share of their last move, as moves go on in much the same direction for many steps. On real text
-ten steps then reach what takes twenty without (successive over-relaxation; below 1 it ends where k-means ends)."""
+"""Centres go beyond the means by this share of their last move, as moves go on in much the same direction for many steps
+(successive over-relaxation); the end is still a step from the means themselves that changes nothing."""
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,14 @@ def test_picked_rows_are_the_nearest_to_leave_and_to_enter_each_cluster() -> Non
     assert 40 <= len(rows) <= 120 and (np.diff(rows) > 0).all()
 
 
+@pytest.mark.parametrize("weights", [None, np.arange(1.0, 7.0)])
+def test_what_is_not_picked_is_settled_and_counts(weights: np.ndarray | None) -> None:
+    problem = Problem(torch.zeros(2, 6), weights, np.array([10.0, 20.0]), 0.0, 99.0)
+    some = problem.only(torch.tensor([1, 4]), torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert some.settled.tolist() == ([12.0, 22.0] if weights is None else [14.0, 30.0])
+    assert some.costs.shape == (2, 2) and (some.weights is None or some.weights.tolist() == [2.0, 5.0])
+
+
 def test_prices_that_move_farther_than_a_settled_row_is_from_a_choice_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that are picked are wrong ones at first: those that are left must not be taken for settled."""
     picked = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -119,25 +121,45 @@ def test_one_iteration_from_given_centres_is_the_cheapest_balanced_division_and_
 
 def test_where_nothing_changes_any_more_the_centres_are_means_and_each_division_is_the_cheapest() -> None:
     """Centres that went beyond their means on the way end at them."""
-    vectors = np.random.default_rng(17).normal(size=(200, 3))
-    centres, labels = refine(vectors, vectors[:4], 200)
-    means = np.stack([vectors[np.asarray(labels) == j].mean(axis=0) for j in range(4)])
-    assert np.allclose(np.asarray(centres), means, atol=1e-5)
-    assert np.array_equal(np.asarray(refine(vectors, means, 1)[1]), np.asarray(labels))
+    for seed in range(30):
+        vectors = np.random.default_rng(seed).normal(size=(80, 3))
+        centres, labels = refine(vectors, vectors[:4], 200)
+        means = np.stack([vectors[np.asarray(labels) == j].mean(axis=0) for j in range(4)])
+        assert np.allclose(np.asarray(centres), means, atol=1e-5)
+        assert np.array_equal(np.asarray(refine(vectors, means, 1)[1]), np.asarray(labels))
+
+
+def test_starts_lie_in_groups_that_are_small_but_far() -> None:
+    rng = np.random.default_rng(21)
+    middles = rng.normal(size=(6, 5)) * 100
+    truth = np.concatenate([np.zeros(3000, dtype=int), np.repeat(np.arange(1, 6), 4)])
+    points = kmeans._Points.of(torch.from_numpy(middles[truth] + rng.normal(size=(len(truth), 5))), None)
+    for seed in range(5):
+        centres = kmeans._first_centres(points, 6, np.random.default_rng(seed)).double() * points.spread + points.middle
+        assert sorted(squared_distances(centres.numpy(), middles).argmin(axis=1)) == list(range(6))
+
+
+def test_an_empty_cluster_does_not_take_the_only_vector_of_another() -> None:
+    points = kmeans._Points.of(torch.tensor([[0.0], [0.1], [0.3], [9.0]]), None)
+    costs = points.rows.square().sum(dim=1).expand(3, 4) * torch.tensor([[0.0], [1.0], [0.0]])
+    labels = torch.tensor([0, 0, 0, 1])
+    kmeans._fill_empty(points, torch.zeros(3, 1), costs, labels)
+    assert torch.bincount(labels, minlength=3).tolist() == [2, 1, 1] and labels[3] == 1
 
 
 def test_few_iterations_get_farther_than_plain_ones() -> None:
     vectors = np.random.default_rng(18).normal(size=(3000, 4))
-    centres, labels = vectors[:6], np.zeros(0)
+    centres = vectors[:6]
     for _ in range(8):
-        centres, labels = refine(vectors, centres, 1)
+        found, labels = refine(vectors, centres, 1)
+        centres = np.asarray(found)
     assert objective(vectors, np.asarray(refine(vectors, vectors[:6], 8)[1])) < objective(vectors, np.asarray(labels))
 
 
 def test_every_division_on_the_way_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    divisions = []
+    divisions: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def kept(costs: torch.Tensor, *options: object) -> tuple[torch.Tensor, object]:
+    def kept(costs: torch.Tensor, *options: Any) -> tuple[torch.Tensor, np.ndarray]:
         labels, prices = assign(costs, *options)
         divisions.append((costs.numpy().copy(), labels.numpy().copy()))
         return labels, prices
