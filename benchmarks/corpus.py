@@ -19,12 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# The parts are files beside this one. Each is imported when it runs: worker processes import this file again, and must not wait for torch.
 sys.path.insert(0, str(Path(__file__).parent))
-
-import kmeans  # noqa: E402 - a file beside this one
-import router_vectors  # noqa: E402
-import token_index  # noqa: E402
-import tokenising  # noqa: E402
 
 Found = dict[str, Any]
 _TARGETS = """
@@ -38,6 +34,8 @@ router vectors of a text: times faster               >= 100    {router}
 
 
 def run_tokenising(options: argparse.Namespace) -> Found:
+    import tokenising
+
     megabytes, repeats = (4, 1) if options.quick else (60, 3)
     found = tokenising.measure(options.corpus, None, megabytes, len(os.sched_getaffinity(0)), repeats)
     print(tokenising.table(found))
@@ -47,10 +45,14 @@ def run_tokenising(options: argparse.Namespace) -> Found:
 
 
 def run_token_index(options: argparse.Namespace) -> Found:
+    import token_index
+
     return token_index.measure(quick=options.quick)
 
 
 def run_kmeans(options: argparse.Namespace) -> Found:
+    import kmeans
+
     count = 5_000 if options.quick else 100_000
     sets = {"gaussians": kmeans.gaussians(count)}
     if options.corpus:
@@ -66,6 +68,8 @@ def run_kmeans(options: argparse.Namespace) -> Found:
 
 
 def run_router_vectors(options: argparse.Namespace) -> Found:
+    import router_vectors
+
     results = [router_vectors.measure(name, 256 if options.quick else 2048) for name in ("subword", "char", "word")]
     print(router_vectors.table(results))
     return {"results": results}
