@@ -140,7 +140,7 @@ def export(
     source = _trained(folder, expert)
     from megaxelm.corpus.tokenizer import Tokenizer
     from megaxelm.model.export import export_checkpoint
-    from megaxelm.train.loop import sample_texts
+    from megaxelm.train.export import sample_texts
 
     export_checkpoint(source, output, dtype, sample_texts(folder, Tokenizer.load(folder.folder("tokenizer"))))
     print(f"{output}: a Hugging Face checkpoint of `{expert}` in {dtype}; reloaded, and its logits agree")

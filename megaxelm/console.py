@@ -8,9 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 
-from megaxelm.errors import MegaxelmError
+from megaxelm.errors import MegaxelmError, Preempted
 
 USER_ERROR = 2
+TRY_AGAIN = 75
+"""EX_TEMPFAIL: training was asked to stop and saved its state; the same command goes on from there."""
 INTERRUPTED = 130
 
 
@@ -32,6 +34,9 @@ def run_guarded(command: Callable[[], object], prefix: str = "") -> int:
     """Run a command and return its exit code; what is a defect of the program keeps its traceback."""
     try:
         command()
+    except Preempted as stopped:
+        print(f"{prefix}{stopped}", file=sys.stderr, flush=True)
+        return TRY_AGAIN
     except MegaxelmError as error:
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

@@ -47,3 +47,7 @@ class RoutingError(MegaxelmError):
 
 class StageError(MegaxelmError):
     """A stage of the run cannot be made, or an input of it is missing."""
+
+
+class Preempted(MegaxelmError):
+    """Training was asked to stop, and has saved its state: not a mistake, but no result either. Exit code 75."""

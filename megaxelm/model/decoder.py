@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.head = Head(config, self.embed.weight if config.tie_embeddings else None)
-        self.activation_checkpointing = False
+        self.checkpointed_every = 0
 
     @property
     def device(self) -> torch.device:
@@ -70,9 +70,9 @@ class Decoder(nn.Module):
         """Type of the weights."""
         return self.norm.weight.dtype
 
-    def enable_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the input of each layer and recompute the rest in the backward pass."""
-        self.activation_checkpointing = enabled
+    def enable_activation_checkpointing(self, every: int = 1) -> None:
+        """Of each `every`-th layer keep only the input and recompute the rest in the backward pass; 0: of none."""
+        self.checkpointed_every = every
 
     def set_dropout(self, residual: float, attention: float) -> None:
         """Change the dropout probabilities, for example of a loaded seed.
@@ -238,8 +238,9 @@ class Decoder(nn.Module):
             dropout=dropout if drops else None,
         )
         x = around.drop(self._embed(tokens, positions), EMBEDDING_SITE)
-        for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        every = self.checkpointed_every if torch.is_grad_enabled() else 0
+        for number, layer in enumerate(self.layers):
+            if every and number % every == 0:
                 run: Callable[..., Tensor] = layer
                 x = checkpoint(run, x, around, use_reentrant=False, preserve_rng_state=attention_dropout > 0)
             else:

@@ -6,13 +6,15 @@ change without anything being made again.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megaxelm.recipe.clusters import ClustersConfig
 from megaxelm.recipe.corpus import CorpusConfig, ExecutorConfig, TokenizerConfig
 from megaxelm.recipe.section import NO_EFFECT, Section
+
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
 
 class ModelConfig(Section):
@@ -53,8 +55,10 @@ class TrainConfig(Section):
     """Optimiser steps."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rate after the warm-up."""
+    schedule: Schedule = "linear"
+    """Decay of the learning rate after the warm-up. `wsd`: constant, then linear over the last `decay_share` of the steps."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which `wsd` (warm-up, stable, decay) lowers the learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     final_lr_ratio: float = Field(0.0, ge=0, le=1)
@@ -69,8 +73,8 @@ class TrainConfig(Section):
     """AdamW: decoupled weight decay, on matrices only."""
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute type; with bf16 the optimiser keeps fp32 weights."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute type; with bf16 and fp16 the optimiser keeps fp32 weights. fp16 scales the loss dynamically."""
     document_mask: bool = True
     """Documents packed into one sequence do not see each other. False is the way of the published runs."""
     language_alpha: float = Field(1.0, ge=0, le=1)
@@ -82,14 +86,31 @@ class TrainConfig(Section):
     """A file, or the name of one in `ds_configs/`. `auto` values are filled from this recipe."""
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", json_schema_extra=NO_EFFECT)
     """Attention backend; `auto` prints its choice: `varlen` on CUDA where torch has it, else `sdpa`."""
-    activation_checkpointing: bool = Field(False, json_schema_extra=NO_EFFECT)
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=2)] = Field("none", json_schema_extra=NO_EFFECT)
+    """Recompute layers in the backward pass: less memory, with `full` about a third more time. A number n: every n-th layer alone."""
+    compile: bool = Field(False, json_schema_extra=NO_EFFECT)
+    """Compile each layer by torch.compile."""
     loss_chunk_rows: int = Field(1024, ge=1, json_schema_extra=NO_EFFECT)
     """Rows of logits that exist at one time in the loss."""
     checkpoint_every: int = Field(500, ge=1, json_schema_extra=NO_EFFECT)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
     """Newest checkpoints kept of each expert."""
+    keep_every: int | None = Field(None, ge=1, json_schema_extra=NO_EFFECT)
+    """Checkpoints at multiples of so many steps are kept for good, besides the newest."""
+    async_checkpoints: bool = Field(False, json_schema_extra=NO_EFFECT)
+    """Write checkpoints while training goes on: a copy of the state in memory, then a thread."""
+    evaluate_every: int | None = Field(None, ge=1, json_schema_extra=NO_EFFECT)
+    """Steps between evaluations on held-out text; null: none while training."""
+    evaluate_documents: int = Field(20, ge=1, json_schema_extra=NO_EFFECT)
+    """Held-out documents a language in each of these evaluations, cut at `sequence_length` tokens."""
+    max_skipped_steps: int = Field(10, ge=1, json_schema_extra=NO_EFFECT)
+    """A step whose loss or gradient is not finite is skipped; after so many in a row training stops. With fp16 the first steps may be
+    skipped while the scale of the loss is found."""
+    hang_seconds: float = Field(1800.0, gt=0, json_schema_extra=NO_EFFECT)
+    """When a micro-batch takes longer, the stacks of all threads are written to the log and to `stacks-<rank>.txt`."""
+    peak_tflops: float | None = Field(None, gt=0, json_schema_extra=NO_EFFECT)
+    """Dense peak of one device in TFLOP/s, for MFU on devices that are not known."""
     log_every: int = Field(10, ge=1, json_schema_extra=NO_EFFECT)
     """Steps between lines in `metrics.jsonl` and TensorBoard."""
     num_devices: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
@@ -121,10 +142,12 @@ class SeedConfig(Section):
     """Peak learning rate of seed training; null: `train.lr`."""
     warmup_steps: int | None = Field(None, ge=0)
     """Warm-up of seed training; null: `train.warmup_steps`."""
-    schedule: Literal["linear", "cosine", "constant"] | None = None
+    schedule: Schedule | None = None
     """Decay in seed training; null: `train.schedule`."""
     final_lr_ratio: float | None = Field(None, ge=0, le=1)
     """Learning rate at the end of seed training as a share of the peak; null: `train.final_lr_ratio`."""
+    decay_share: float | None = Field(None, gt=0, le=1)
+    """Share of the steps of seed training in which `wsd` decays; null: `train.decay_share`."""
     language_alpha: float | None = Field(None, ge=0, le=1)
     """Language mix of seed training; null: `train.language_alpha`."""
 

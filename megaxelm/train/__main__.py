@@ -71,6 +71,8 @@ def _train_member(
 
     from megaxelm.model.hub import weights_hash
     from megaxelm.train import loop
+    from megaxelm.train.export import export_seed
+    from megaxelm.train.setting import Setting
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", processes.local_rank) if cuda else torch.device("cpu")
@@ -82,8 +84,8 @@ def _train_member(
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     torch.distributed.barrier()  # rank 0 has settled the folder before the others look into it
     if not (run.expert(member.name) / MARKER).exists():
-        setting = loop.Setting(run, recipe, member, ds_config, processes, device)
-        loop.train(setting, _bar) if member.steps else loop.export_seed(setting)
+        setting = Setting(run, recipe, member, ds_config, processes, device)
+        loop.train(setting, _bar) if member.steps else export_seed(setting)
         if processes.rank == 0:
             run.close_expert(member.name, made_from, weights_hash(run.expert(member.name) / "export"))
             print(f"`{member.name}` is trained: {member.tokens:,} tokens; export in {run.expert(member.name)}/export", flush=True)

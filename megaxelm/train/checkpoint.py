@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megaxelm.errors import CheckpointError, StageError
 from megaxelm.files import hash_file, read_json, write_json
+from megaxelm.train.environment import Processes
 
 _COMPLETE = "complete.json"
 
@@ -25,6 +27,77 @@ class Progress:
 
     step: int
     samples: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How DeepSpeed divides the state among files."""
+
+    ranks: int
+    zero_stage: int
+    precision: str
+
+
+class Checkpoints:
+    """The checkpoints of one model in training. Every method is collective: all ranks call it.
+
+    Args:
+        folder: `checkpoints/` of the model.
+        layout: of this training.
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints at multiples of so many steps stay for good.
+        asynchronous: write while training goes on.
+    """
+
+    def __init__(
+        self, folder: Path, layout: Layout, processes: Processes, *, keep: int, keep_every: int | None, asynchronous: bool
+    ) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.processes = processes
+        self.keep = keep
+        self.keep_every = keep_every
+        self.asynchronous = asynchronous
+
+    def resume(self, engine: Any) -> Progress:
+        """Load the newest complete checkpoint into `engine`; what is unfinished is told and ignored.
+
+        Raises:
+            CheckpointError: it is damaged, or of another layout.
+        """
+        progress, notes = find_checkpoint(self.folder, asdict(self.layout))
+        if self.processes.rank == 0:
+            for note in notes:
+                print(note, flush=True)
+        if progress is None:
+            return Progress(0, 0)
+        loaded, state = engine.load_checkpoint(str(self.folder), tag=str(progress.step))
+        assert loaded is not None and state["step"] == progress.step, "a verified checkpoint loads"
+        return progress
+
+    def save(self, engine: Any, progress: Progress) -> float:
+        """Save the state after `progress`; returns the seconds for which training waited."""
+        began = time.monotonic()
+        tag = self.folder / str(progress.step)
+        first = self.processes.rank == 0
+        if first and tag.exists():
+            shutil.rmtree(tag)
+        self._barrier()
+        state = {"step": progress.step, "samples": progress.samples}
+        engine.save_checkpoint(str(self.folder), tag=str(progress.step), client_state=state, save_latest=False)
+        self._barrier()
+        if first:
+            complete_checkpoint(self.folder, progress, asdict(self.layout), self.keep)
+        return time.monotonic() - began
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete on disk."""
+
+    def _barrier(self) -> None:
+        if self.processes.world_size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
 
 
 def complete_checkpoint(folder: Path, progress: Progress, layout: dict[str, Any], keep: int) -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from megaxelm.errors import RecipeError, TrainError
 from megaxelm.recipe import Recipe, result_settings
 
+_RATE = ("lr", "schedule", "warmup_steps", "final_lr_ratio", "decay_share", "language_alpha")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -28,6 +30,7 @@ class Member:
     schedule: str
     warmup_steps: int
     final_lr_ratio: float
+    decay_share: float
     language_alpha: float
 
     @property
@@ -63,9 +66,7 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Memb
     def member(
         name: str, kind: Literal["seed", "dense", "expert"], clusters: tuple[str, ...] | None, steps: int, batch: int, **other: Any
     ) -> Member:
-        values: dict[str, Any] = {
-            key: getattr(train, key) for key in ("lr", "schedule", "warmup_steps", "final_lr_ratio", "language_alpha", "sequence_length")
-        }
+        values: dict[str, Any] = {key: getattr(train, key) for key in (*_RATE, "sequence_length")}
         values |= {key: value for key, value in other.items() if value is not None}
         if values["warmup_steps"] >= steps > 0:
             field = "seed.warmup_steps" if kind == "seed" else "train.warmup_steps"
@@ -83,7 +84,7 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Memb
     expert_steps = recipe.experts.steps or train.steps
 
     seed_steps = 0 if seed.load else (seed.steps or train.steps)
-    overrides = {key: getattr(seed, key) for key in ("lr", "schedule", "warmup_steps", "final_lr_ratio", "language_alpha")}
+    overrides = {key: getattr(seed, key) for key in _RATE}
     members = {"seed": member("seed", "seed", None, seed_steps, train.batch_sequences, **overrides)}
     if recipe.experts.dense:
         members["dense"] = member("dense", "dense", None, train.steps, train.batch_sequences)
@@ -158,7 +159,7 @@ def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
     """What the trained weights of a member depend on in the recipe, for its marker."""
     if member.kind == "seed" and recipe.seed.load:
         return {"seed.load": recipe.seed.load, "export": result_settings(recipe.export)}
-    schedule = ("sequence_length", "batch_sequences", "steps", "lr", "schedule", "warmup_steps", "final_lr_ratio", "language_alpha")
+    schedule = ("sequence_length", "batch_sequences", "steps", *_RATE)
     common = {key: value for key, value in result_settings(recipe.train).items() if key not in schedule}
     model = result_settings(recipe.model)
     if recipe.model.attention_dropout:

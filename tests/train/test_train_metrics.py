@@ -15,9 +15,11 @@ from megaxelm.corpus.token_index import TokenIndex, TokenIndexWriter
 from megaxelm.errors import RecipeError
 from megaxelm.recipe import Recipe, parse_recipe
 from megaxelm.train import loop
+from megaxelm.train.checkpoint import Checkpoints
 from megaxelm.train.loop import language_tokens
 from megaxelm.train.members import check_language_weights, member_settings, plan_members
 from megaxelm.train.metrics import Metrics, read_metrics
+from megaxelm.train.steps import StepResult
 
 SIZES = {"en": 4000, "sw": 700, "ur": 30}
 
@@ -51,8 +53,8 @@ class FakeSteps:
         self.blend = blend
         self.engine = None
 
-    def run(self, step: int) -> loop.StepResult:
-        return loop.StepResult(1.0, 1, 1, 0.1, None)
+    def run(self, step: int) -> StepResult:
+        return StepResult(1.0, 1, 1, 0.1, None)
 
 
 def write_metrics(blend: Blend, folder: Path, first: int, last: int) -> None:
@@ -65,7 +67,7 @@ def write_metrics(blend: Blend, folder: Path, first: int, last: int) -> None:
     )
     metrics = Metrics(folder, first)
     steps: Any = FakeSteps(blend)
-    loop._loop(setting, steps, metrics, range(first, last))
+    loop._loop(setting, steps, Checkpoints.__new__(Checkpoints), metrics, range(first, last))
     metrics.close()
 
 

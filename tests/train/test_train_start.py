@@ -18,9 +18,11 @@ from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import load_pretrained, save_pretrained
 from megaxelm.recipe import load_recipe
 from megaxelm.run import MARKER, RunFolder
+from megaxelm.train.engine import build_model
 from megaxelm.train.environment import Processes
-from megaxelm.train.loop import Setting, _Steps, build_model
 from megaxelm.train.members import plan_members
+from megaxelm.train.setting import Setting
+from megaxelm.train.steps import Steps
 
 
 def random_seed_model(run: Path, folder: Path) -> Decoder:
@@ -55,7 +57,7 @@ def test_ranks_and_micro_batches_share_the_samples_of_a_step(indexed_run: Path, 
         setting = setting_of(indexed_run, "dense", *overrides)
         setting = replace(setting, processes=Processes(rank, 2, rank, "a test"), ds_config={"train_micro_batch_size_per_gpu": 2})
         blend = Blend(open_streams(indexed_run / "index"), 32, 1.0, 0)
-        for batch in _Steps(setting, None, blend, {})._batches(step=3):
+        for batch in Steps(setting, None, blend, {})._batches(step=3):
             seen += batch.sample_ids.unique().tolist()
             segments += len(batch.cu_seqlens) - 1
     assert seen == list(range(24, 32))
