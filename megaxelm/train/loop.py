@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +18,8 @@ from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
 from megaxelm.train.engine import build_model, start_engine
 from megaxelm.train.export import export_trained
 from megaxelm.train.members import Member, check_language_weights
-from megaxelm.train.metrics import Metrics
+from megaxelm.train.memory import memory
+from megaxelm.train.metrics import Meter, Metrics, console_line
 from megaxelm.train.setting import Setting, sum_over_ranks
 from megaxelm.train.steps import Steps
 from megaxelm_kernels.attention import choose_backend
@@ -38,6 +39,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     check_language_weights(recipe, {language for languages in load_index_manifest(index)["clusters"].values() for language in languages})
     sample_seed = member.sample_seed(config.seed)
     blend = Blend(streams, member.sequence_length, member.language_alpha, sample_seed, config.language_weights)
+    before = memory(setting.device)
     model = build_model(setting, tokenizer)
     try:
         # The packed kernel of torch has no fp32 form.
@@ -52,10 +54,11 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     checkpoints = _checkpoints(setting)
     start = checkpoints.resume(engine)
     if setting.is_first:
-        _record_choices(setting, model, backend, start)
-    metrics = Metrics(setting.folder, start.step) if setting.is_first else None
+        _record_choices(setting, model, backend, start, before)
+    metrics = Metrics(setting.folder, start.step, engine.monitor) if setting.is_first else None
     bar = progress_bar(member, start.step) if setting.is_first else range(start.step, member.steps)
-    steps = Steps(setting, engine, blend, options)
+    meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops)
+    steps = Steps(setting, engine, blend, options, meter)
     _loop(setting, steps, checkpoints, metrics, bar)
     checkpoints.finish()
     export_trained(setting, engine, tokenizer)
@@ -65,21 +68,23 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
 
 def _loop(setting: Setting, steps: Steps, checkpoints: Checkpoints, metrics: Metrics | None, bar: Iterable[int]) -> None:
     member, config = setting.member, setting.recipe.train
-    loss_sum, targets, tokens, began, since = 0.0, 0, 0, time.monotonic(), time.monotonic()
+    loss_sum, targets, tokens = 0.0, 0, 0
+    meter = steps.meter
     for step in bar:
         result = steps.run(step)
         loss_sum, targets, tokens = loss_sum + result.loss_sum, targets + result.targets, tokens + result.tokens
         done = step + 1
         if done % config.log_every == 0 or done == member.steps:
             loss = sum_over_ranks(loss_sum, setting) / max(1, targets)
+            line: dict[str, Any] = {"step": done, "loss": loss, "lr": result.lr}
+            line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
+            line |= {"tokens": done * member.batch_sequences * member.sequence_length}
+            line |= {"language_tokens": language_tokens(steps.blend, done * member.batch_sequences)}
+            line = meter.line(line, tokens) if meter else line
             if metrics is not None:
-                now = time.monotonic()
-                line: dict[str, Any] = {"step": done, "loss": loss, "lr": result.lr}
-                line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
-                line |= {"tokens": done * member.batch_sequences * member.sequence_length}
-                line |= {"language_tokens": language_tokens(steps.blend, done * member.batch_sequences)}
-                metrics.write(line | {"tokens_per_second": tokens / max(now - since, 1e-9), "seconds": now - began})
-                since = now
+                metrics.write(line)
+                if meter and not sys.stderr.isatty():
+                    print(console_line(member.name, member.steps, line), flush=True)
             loss_sum, targets, tokens = 0.0, 0, 0
         if done % config.checkpoint_every == 0 or done == member.steps:
             checkpoints.save(steps.engine, Progress(done, done * member.batch_sequences))
@@ -102,7 +107,7 @@ def language_tokens(blend: Blend, samples: int) -> dict[str, int]:
     return {language: count * blend.sequence_length for language, count in sorted(blend.counts(samples).items())}
 
 
-def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progress) -> None:
+def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progress, before: dict[str, int]) -> None:
     """What was chosen, once, on the console and with the run."""
     config, processes, member = setting.recipe.train, setting.processes, setting.member
     choices = {
@@ -117,6 +122,7 @@ def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progr
         "gradient_accumulation_steps": setting.ds_config["gradient_accumulation_steps"],
         "parameters": sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()),
         "resumed_from_step": start.step,
+        "resident_at_start": before.get("resident", 0),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

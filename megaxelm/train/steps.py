@@ -6,6 +6,7 @@ first forward pass, and DeepSpeed's averaging over ranks and micro-batches is un
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from megaxelm.corpus.packing import PackedBatch, pack
 from megaxelm.corpus.sampling import Blend
 from megaxelm.errors import TrainError
 from megaxelm.files import hash_value
+from megaxelm.train.metrics import Meter
 from megaxelm.train.schedule import learning_rate
 from megaxelm.train.setting import Setting, sum_over_ranks
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
@@ -36,17 +38,22 @@ class StepResult:
 class Steps:
     """Optimiser steps of one rank: which samples, forward and backward of each micro-batch, the update."""
 
-    def __init__(self, setting: Setting, engine: Any, blend: Blend, options: dict[str, Any]) -> None:
+    def __init__(self, setting: Setting, engine: Any, blend: Blend, options: dict[str, Any], meter: Meter | None = None) -> None:
         self.setting = setting
         self.engine = engine
         self.blend = blend
         self.options = options
+        self.meter = meter
 
     def run(self, step: int) -> StepResult:
         setting, engine = self.setting, self.engine
         member, config = setting.member, setting.recipe.train
         world = setting.processes.world_size
-        batches = list(self._batches(step))
+        with self.meter.data() if self.meter else contextlib.nullcontext():
+            batches = list(self._batches(step))
+        if self.meter:
+            for batch in batches:
+                self.meter.count(batch)
         targets = int(sum_over_ranks(sum(batch.num_targets for batch in batches), setting))
         if targets == 0:
             raise TrainError(f"`{member.name}`: step {step} has no token to predict; are all documents of its languages empty?")

@@ -52,6 +52,7 @@ class FakeSteps:
     def __init__(self, blend: Blend) -> None:
         self.blend = blend
         self.engine = None
+        self.meter = None
 
     def run(self, step: int) -> StepResult:
         return StepResult(1.0, 1, 1, 0.1, None)
