@@ -89,18 +89,25 @@ def train(
     expert: Annotated[
         str | None, typer.Option(help="seed, dense, or a cluster's name; its parents are trained if they have to be. Default: all.")
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Seed, dense and every expert; the default.")] = False,
+    hostfile: Annotated[Path | None, typer.Option(help="Nodes that deepspeed reaches by ssh, a line each: `worker-1 slots=8`.")] = None,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds that a training may take to save when it is asked to stop.")] = 300.0,
     overrides: SetOption = None,
     runs: RunsOption = _RUNS,
 ) -> None:
-    """Train models of a run whose token index is made."""
+    """Train models of a run whose token index is made. Exit code 75: stopped and saved, the same command goes on."""
     from megaxelm.stages import Stages
+    from megaxelm.train.launch import LaunchOptions
     from megaxelm.train.members import find_member
+
+    if everything and expert is not None:
+        raise StageError(f"--all and --expert {expert}: give one of them")
 
     folder, recipe = _open_run(run, overrides, runs)
     stages = Stages(folder, recipe, check_sources=False)
     if expert is not None:
         find_member(stages.members(), expert)
-    made = stages.train_models(expert)
+    made = stages.train_models(expert, LaunchOptions(hostfile, grace))
     if not made:
         print("trained already and fresh; nothing to do")
 

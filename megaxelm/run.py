@@ -181,7 +181,10 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)  # who is still named here ended without coming to this line
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megaxelm.train.export import export_trained
 from megaxelm.train.members import Member, check_language_weights
 from megaxelm.train.metrics import Metrics
 from megaxelm.train.setting import Setting, sum_over_ranks
+from megaxelm.train.staging import find_index
 from megaxelm.train.steps import Steps
 from megaxelm_kernels.attention import choose_backend
 
@@ -33,7 +34,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     recipe, member = setting.recipe, setting.member
     config = recipe.train
     tokenizer = Tokenizer.load(setting.run.folder("tokenizer"))
-    index = setting.run.folder("index")
+    index = find_index(setting.run)
     streams = open_streams(index, member.clusters, tokenizer)
     check_language_weights(recipe, {language for languages in load_index_manifest(index)["clusters"].values() for language in languages})
     sample_seed = member.sample_seed(config.seed)
