@@ -104,14 +104,16 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--expert", help="seed, dense, or the name of a cluster")
     which.add_argument("--task", type=int, help="number of the array task: the members but the seed, in order")
     parser.add_argument("--stage", type=Path, metavar="DIR", help="copy the token index to DIR of each node first")
-    parser.add_argument("trainer", nargs="*", help="options of megaxelm.train, after --")
-    options = parser.parse_args(arguments)
+    parser.epilog = "What follows -- are options of megaxelm.train."
+    given = sys.argv[1:] if arguments is None else arguments
+    cut = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:cut])
     end_on_signals()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a training to pass it on to
-    return run_guarded(lambda: _train(options))
+    return run_guarded(lambda: _train(options, given[cut + 1 :]))
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace, trainer: list[str]) -> None:
     job = SlurmJob.from_environment()
     run = RunFolder(options.run)
     run.recipe()
@@ -119,7 +121,8 @@ def _train(options: argparse.Namespace) -> None:
     members = stages.members()
     member = find_member(members, options.expert) if options.expert else _member_of_task(members, options.task)
     print(f"job {job.id}, start {job.restarts + 1}: `{member.name}` on {job.nodes} x {job.tasks_per_node} tasks", flush=True)
-    if run.status(f"experts/{member.name}", stages.made_from(f"experts/{member.name}")) is None:
+    unit = f"experts/{member.name}"
+    if run.status(unit, stages.made_from(unit)) is None:
         print(f"`{member.name}` is trained and fresh: nothing to do", flush=True)
         return
     claim(run, member.name, wait=job.restarts > 0)
@@ -130,7 +133,11 @@ def _train(options: argparse.Namespace) -> None:
         env[VARIABLE] = str(_stage(job, run, member, options.stage, env))
     run.expert(member.name).mkdir(parents=True, exist_ok=True)
     begin_attempt(run.expert(member.name))
-    _settle(job, run, member, *_run_tasks(job, run, member, options.trainer, env))
+    code, lines, asked = _run_tasks(job, run, member, trainer, env)
+    if run.status(unit, stages.made_from(unit)) is None:
+        print(f"`{member.name}` is trained", flush=True)
+    else:
+        _settle(job, run, member, code, lines, asked)
 
 
 def _member_of_task(members: dict[str, Member], task: int) -> Member:
@@ -211,11 +218,8 @@ def _tee(source: Iterator[str], log: object) -> Iterator[str]:
 
 
 def _settle(job: SlurmJob, run: RunFolder, member: Member, code: int, lines: list[str], asked: bool) -> None:
-    """Say how the training ended, note it in the model's folder, and have the job requeued where that helps."""
+    """Say why the training has not come to its end, note it in the model's folder, and have the job requeued where that helps."""
     name, folder, by = member.name, run.expert(member.name), f"Slurm job {job.id}"
-    if run.marker(f"experts/{name}") is not None:
-        print(f"`{name}` is trained", flush=True)
-        return
     fault = find_fault(lines)
     if fault is not None:
         _settle_fault(job, folder, name, *fault, by=by)

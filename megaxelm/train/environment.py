@@ -67,8 +67,8 @@ def check_device(processes: Processes, num_devices: int) -> None:
     """
     if processes.local_rank >= num_devices:
         raise TrainError(
-            f"LOCAL_RANK = {processes.local_rank}: this process sees {num_devices} device{'s' * (num_devices != 1)}, numbered from 0. "
-            "Start as many processes a node as it has devices; every process must see all devices of its node (no --gpus-per-task, no --gpu-bind)"
+            f"LOCAL_RANK = {processes.local_rank}: this process sees {num_devices} of the node's devices. Start as many processes a "
+            "node as it has devices; every process must see all devices of its node (no --gpus-per-task, no --gpu-bind)"
         )
 
 
