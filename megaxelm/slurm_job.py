@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     cut = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:cut])
     end_on_signals()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a training to pass it on to
+    # Until there is a training to pass it on to. Not SIG_IGN, which the processes that are started would inherit.
+    signal.signal(signal.SIGUSR1, lambda number, frame: None)
     return run_guarded(lambda: _train(options, given[cut + 1 :]))
 
 
