@@ -60,10 +60,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, vocab_size: int, chunk_rows: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         rows, needs_hidden, needs_weight = hidden.shape[0], ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         sum_dtype = _sum_dtype(hidden)
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        each = torch.empty(rows, dtype=sum_dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device) if needs_weight else None
         logits = _Logits(weight, vocab_size, min(chunk_rows, rows))
@@ -78,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_z = z.gather(1, target)[:, 0]
             sums = z.exp_().sum(dim=-1)
             # where, not a product alone: a token that does not count may have any logit, infinite too.
-            total += (torch.where(counted, sums.log() - target_z, 0.0) * scale).sum()
+            each[part] = torch.where(counted, sums.log() - target_z, 0.0)
+            total += (each[part] * scale).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             z *= (scale / sums)[:, None]
@@ -89,7 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ chunk
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(each)
+        return total, each
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,11 +124,25 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not fit, vocab_size or chunk_rows out of range.
     """
+    return linear_cross_entropy_each(hidden, weight, labels, vocab_size=vocab_size, loss_weights=loss_weights, chunk_rows=chunk_rows)[0]
+
+
+def linear_cross_entropy_each(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int | None = None,
+    loss_weights: Tensor | None = None,
+    chunk_rows: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, and the losses it is the weighted sum of, [N] in its type: 0 where the label is -100, without a gradient."""
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check(hidden, weight, labels, vocab_size, chunk_rows)
     if loss_weights is not None and loss_weights.shape != labels.shape:
         raise ValueError(f"loss_weights {tuple(loss_weights.shape)}: expected [{labels.shape[0]}], one a label")
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, vocab_size, chunk_rows)
+    total, each = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, vocab_size, chunk_rows)
+    return total, each
 
 
 def linear_cross_entropy_reference(

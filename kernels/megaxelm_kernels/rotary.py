@@ -71,6 +71,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return out
 
 
+@torch.compiler.disable
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn `x` [N, heads, head_dim] by the tables [N, head_dim / 2]; the tables are rounded to the type of `x` first."""
     return _Rotate.apply(x, cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1))

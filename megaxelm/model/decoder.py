@@ -33,10 +33,12 @@ EMBEDDING_SITE = 0
 
 
 class LossOutput(NamedTuple):
-    """`loss_sum`: fp32 scalar, nats summed over the counted tokens; `num_targets`: int64 scalar, tokens whose label is not -100."""
+    """`loss_sum`: fp32 scalar, nats summed over the counted tokens, each times its weight; `num_targets`: int64 scalar, tokens whose
+    label is not -100; `token_losses` [N] fp32: nats of each token, 0 where it is not counted, without a gradient."""
 
     loss_sum: Tensor
     num_targets: Tensor
+    token_losses: Tensor
 
 
 class TokenScores(NamedTuple):
@@ -131,8 +133,8 @@ class Decoder(nn.Module):
         if labels is None:
             return hidden
         _same_length("labels", labels, tokens)
-        loss_sum = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows)
-        return LossOutput(loss_sum, (labels != IGNORE_INDEX).sum())
+        loss_sum, token_losses = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows)
+        return LossOutput(loss_sum, (labels != IGNORE_INDEX).sum(), token_losses)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., vocab_size], in the type of the weights."""

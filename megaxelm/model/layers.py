@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megaxelm.model.config import DecoderConfig
 from megaxelm_kernels.attention import PackedLayout, packed_attention
 from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
-from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy, target_logprobs
+from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy_each, target_logprobs
 from megaxelm_kernels.norms import layer_norm, rms_norm
 from megaxelm_kernels.rotary import apply_rotary
 
@@ -170,12 +170,13 @@ class Head(nn.Module):
         *,
         chunk_rows: int = 1024,
         score: bool = False,
-    ) -> Tensor:
-        """Logits [N, vocab_size] without labels; with labels the summed loss (scalar), or with `score` log p(label) [N]."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [N, vocab_size] without labels; with labels the summed loss (scalar) and that of each token [N]; with `score`
+        log p(label) [N]."""
         if labels is None:
             return F.linear(hidden, self.weight)[..., : self.vocab_size]
         if score:
             return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows)
-        return linear_cross_entropy(
+        return linear_cross_entropy_each(
             hidden, self.weight, labels, vocab_size=self.vocab_size, loss_weights=loss_weights, chunk_rows=chunk_rows
         )

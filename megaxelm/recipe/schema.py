@@ -107,8 +107,10 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(10, ge=1, json_schema_extra=NO_EFFECT)
     """A step whose loss or gradient is not finite is skipped; after so many in a row training stops. With fp16 the first steps may be
     skipped while the scale of the loss is found."""
+    grace_seconds: float = Field(30.0, gt=0, json_schema_extra=NO_EFFECT)
+    """Seconds that are left to save after a signal to stop; a save is compared with it. DeepSpeed's launcher gives 30."""
     hang_seconds: float = Field(1800.0, gt=0, json_schema_extra=NO_EFFECT)
-    """When a micro-batch takes longer, the stacks of all threads are written to the log and to `stacks-<rank>.txt`."""
+    """When a micro-batch, a save or a batch of an evaluation takes longer, the stacks of all threads are written to the log."""
     peak_tflops: float | None = Field(None, gt=0, json_schema_extra=NO_EFFECT)
     """Dense peak of one device in TFLOP/s, for MFU on devices that are not known."""
     log_every: int = Field(10, ge=1, json_schema_extra=NO_EFFECT)

@@ -23,6 +23,7 @@ from megaxelm.stages import Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.environment import Processes, check_compiler, check_device, find_processes
 from megaxelm.train.members import Member
+from megaxelm.train.preemption import catch_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", default="runs", help="folder of the runs, when a recipe is given (default: runs)")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; the environment is used")
     options = parser.parse_args(arguments)
+    catch_signals()
     rank = os.environ.get("RANK", "0")
     return run_guarded(lambda: _train(options), prefix="" if rank == "0" else f"rank {rank}: ")
 

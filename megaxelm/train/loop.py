@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megaxelm.corpus.index_folder import load_index_manifest, open_streams
 from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.tokenizer import Tokenizer
-from megaxelm.errors import TrainError
+from megaxelm.errors import Preempted, TrainError
 from megaxelm.files import write_json
 from megaxelm.model.decoder import Decoder
 from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
 from megaxelm.train.engine import build_model, start_engine
+from megaxelm.train.evaluation import HeldOut
 from megaxelm.train.export import export_trained
+from megaxelm.train.finite import guard
 from megaxelm.train.members import Member, check_language_weights
 from megaxelm.train.metrics import Metrics
-from megaxelm.train.setting import Setting, sum_over_ranks
+from megaxelm.train.preemption import StopRequest
+from megaxelm.train.setting import Setting
 from megaxelm.train.staging import find_index
-from megaxelm.train.steps import Steps
+from megaxelm.train.steps import StepResult, Steps
+from megaxelm.train.watchdog import Watchdog
 from megaxelm_kernels.attention import choose_backend
 
 
@@ -49,41 +55,188 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     every = config.activation_checkpointing
     model.enable_activation_checkpointing(every if isinstance(every, int) else int(every == "full"))
     options = {"attention": backend, "loss_chunk_rows": config.loss_chunk_rows}
+    if config.compile and setting.ds_config["zero_optimization"]["stage"] == 3:
+        raise TrainError(
+            "train.compile = true with ZeRO stage 3, which gathers weights inside of what would be compiled: choose a lower stage"
+        )
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
+    held_out = HeldOut(setting, blend.streams, tokenizer, options) if config.evaluate_every else None
     engine = start_engine(setting, model)
+    guard(engine)
     checkpoints = _checkpoints(setting)
     start = checkpoints.resume(engine)
     if setting.is_first:
         _record_choices(setting, model, backend, start)
     metrics = Metrics(setting.folder, start.step) if setting.is_first else None
     bar = progress_bar(member, start.step) if setting.is_first else range(start.step, member.steps)
-    steps = Steps(setting, engine, blend, options)
-    _loop(setting, steps, checkpoints, metrics, bar)
+    stop = StopRequest(setting.folder, setting.processes.rank, setting.processes.world_size)
+    with Watchdog(config.hang_seconds) as watchdog:
+        loop = Loop(setting, Steps(setting, engine, blend, options), checkpoints, metrics, start.step)
+        loop.run(bar, stop, watchdog, held_out)
     checkpoints.finish()
     export_trained(setting, engine, tokenizer)
     if metrics is not None:
         metrics.close()
 
 
-def _loop(setting: Setting, steps: Steps, checkpoints: Checkpoints, metrics: Metrics | None, bar: Iterable[int]) -> None:
-    member, config = setting.member, setting.recipe.train
-    loss_sum, targets, tokens, began, since = 0.0, 0, 0, time.monotonic(), time.monotonic()
-    for step in bar:
-        result = steps.run(step)
-        loss_sum, targets, tokens = loss_sum + result.loss_sum, targets + result.targets, tokens + result.tokens
-        done = step + 1
-        if done % config.log_every == 0 or done == member.steps:
-            loss = sum_over_ranks(loss_sum, setting) / max(1, targets)
-            if metrics is not None:
-                now = time.monotonic()
-                line: dict[str, Any] = {"step": done, "loss": loss, "lr": result.lr}
-                line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
-                line |= {"tokens": done * member.batch_sequences * member.sequence_length}
-                line |= {"language_tokens": language_tokens(steps.blend, done * member.batch_sequences)}
-                metrics.write(line | {"tokens_per_second": tokens / max(now - since, 1e-9), "seconds": now - began})
-                since = now
-            loss_sum, targets, tokens = 0.0, 0, 0
-        if done % config.checkpoint_every == 0 or done == member.steps:
-            checkpoints.save(steps.engine, Progress(done, done * member.batch_sequences))
+class _StopNow(Exception):
+    """All ranks have agreed to stop."""
+
+
+class Loop:
+    """Steps from one on to the last: what is logged, evaluated and saved in between, and how it ends early.
+
+    `done` is the number of steps whose update is in the weights (or was skipped).
+    """
+
+    def __init__(self, setting: Setting, steps: Steps, checkpoints: Checkpoints, metrics: Metrics | None, start: int) -> None:
+        self.setting = setting
+        self.steps = steps
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+        self.done = self.saved = start
+        self.skipped_in_a_row = 0
+        self._told_saving = False
+        self.began = time.monotonic()
+        self._window = _Window(len(steps.languages), setting)
+
+    def run(
+        self,
+        bar: Iterable[int],
+        stop: StopRequest | None = None,
+        watchdog: Watchdog | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        """Train for the steps of `bar`. Collective.
+
+        Raises:
+            Preempted: it was asked to stop, and the state is saved.
+            TrainError: too many steps in a row were not finite.
+        """
+
+        def watch() -> None:
+            if watchdog is not None:
+                watchdog.beat()
+            if stop is not None and stop.agree():
+                raise _StopNow
+
+        self.steps.watch = watch
+        try:
+            for step in bar:
+                self._step(step, watch, held_out)
+                watch()
+        except _StopNow:
+            assert stop is not None
+            if self.done < self.setting.member.steps:
+                raise self._stopped(stop) from None
+        skipped = self.steps.engine.skipped_steps
+        if skipped and self.setting.is_first:
+            print(f"`{self.setting.member.name}`: {skipped} of {self.done} steps were skipped: their gradient was not finite", flush=True)
+
+    def _step(self, step: int, watch: Callable[[], None], held_out: HeldOut | None) -> None:
+        member, config = self.setting.member, self.setting.recipe.train
+        result = self.steps.run(step)
+        self.done = step + 1
+        self._window.add(result)
+        self._look_at(result, step)
+        last = self.done == member.steps
+        if last or (self.done % config.checkpoint_every == 0 and not self.skipped_in_a_row):
+            # Not after a step that was skipped: what made it so may be in the weights, and older checkpoints make room for new ones.
+            self._save()
+        scores = {}
+        if held_out is not None and config.evaluate_every and (last or self.done % config.evaluate_every == 0):
+            scores = held_out.score(self.steps.engine, watch)
+        if last or scores or self.done % config.log_every == 0:
+            self._log(result, scores)
+
+    def _look_at(self, result: StepResult, step: int) -> None:
+        """Count a step that was skipped; after too many in a row it is no accident."""
+        if result.applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        name, most = self.setting.member.name, self.setting.recipe.train.max_skipped_steps
+        samples = self.steps.samples(step)
+        where = f"step {step + 1}, samples {samples[0]} to {samples[-1]}"
+        if self.setting.is_first:
+            print(f"`{name}`: {where}: the gradient is not finite; the step is skipped", flush=True)
+        if self.skipped_in_a_row >= most:
+            raise TrainError(
+                f"`{name}`: {most} steps in a row had a gradient that is not finite, the last {where}; training stops, and checkpoints "
+                "before them stay. Lower train.lr, raise train.warmup_steps, set train.precision = fp32, or look at those samples; "
+                "train.max_skipped_steps is how many are skipped"
+            )
+
+    def _log(self, result: StepResult, scores: dict[str, float]) -> None:
+        member = self.setting.member
+        window = self._window.close(self.steps.languages)
+        if self.metrics is None:
+            return
+        line: dict[str, Any] = {"step": self.done} | window | {"lr": result.lr}
+        line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
+        line |= {"skipped_steps": self.steps.engine.skipped_steps, "tokens": self.done * member.batch_sequences * member.sequence_length}
+        line |= {"language_tokens": language_tokens(self.steps.blend, self.done * member.batch_sequences)}
+        line |= {"evaluation_bits_per_byte": scores} if scores else {}
+        self.metrics.write(line | {"seconds": time.monotonic() - self.began})
+
+    def _save(self) -> float:
+        seconds = self.checkpoints.save(self.steps.engine, Progress(self.done, self.done * self.setting.member.batch_sequences))
+        self.saved = self.done
+        grace = self.setting.recipe.train.grace_seconds
+        told, self._told_saving = self._told_saving, True
+        if self.setting.is_first and (not told or seconds > grace):
+            warning = ": too slow to save after a signal, which loses the steps since the last checkpoint" if seconds > grace else ""
+            print(f"checkpoint of step {self.done} saved in {seconds:.1f} s; after a signal there are {grace:g} s{warning}", flush=True)
+        return seconds
+
+    def _stopped(self, stop: StopRequest) -> Preempted:
+        """Save where it stands."""
+        seconds = 0.0 if self.saved == self.done else self._save()
+        self.checkpoints.finish()
+        stop.obeyed()
+        grace = self.setting.recipe.train.grace_seconds
+        return Preempted(
+            f"`{self.setting.member.name}` was stopped by {stop.agreed} after step {self.done} of {self.setting.member.steps}; saved in "
+            f"{seconds:.1f} s of {grace:g} s; the same command goes on from there"
+        )
+
+
+class _Window:
+    """Sums over the steps since the last line of the log."""
+
+    def __init__(self, languages: int, setting: Setting) -> None:
+        self._setting = setting
+        self._by_language = torch.zeros(languages, 2, dtype=torch.float64)
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def add(self, result: StepResult) -> None:
+        """A step; the loss of a skipped one is no number and not counted."""
+        self._tokens += result.tokens
+        if result.applied:
+            self._by_language += result.by_language.cpu()
+
+    def close(self, languages: Sequence[str]) -> dict[str, Any]:
+        """The means over all ranks, and a new window. Collective.
+
+        Returns:
+            loss and loss_by_language (nats a predicted token; NaN and left out where there was none) and tokens_per_second.
+        """
+        sums = self._by_language.to(self._setting.device)
+        if self._setting.processes.world_size > 1:
+            dist.all_reduce(sums)
+        table = sums.cpu().numpy()
+        now = time.monotonic()
+        found = {
+            "loss": float(table[:, 0].sum() / table[:, 1].sum()) if table[:, 1].sum() else math.nan,
+            "loss_by_language": {name: float(row[0] / row[1]) for name, row in zip(languages, table, strict=True) if row[1]},
+            "tokens_per_second": self._tokens / max(now - self._since, 1e-9),
+        }
+        self._by_language.zero_()
+        self._tokens, self._since = 0, now
+        return found
 
 
 def _checkpoints(setting: Setting) -> Checkpoints:

@@ -6,14 +6,13 @@ first forward pass, and DeepSpeed's averaging over ranks and micro-batches is un
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megaxelm.corpus.packing import PackedBatch, pack
+from megaxelm.corpus.packing import IGNORED, PackedBatch, pack
 from megaxelm.corpus.sampling import Blend
 from megaxelm.errors import TrainError
 from megaxelm.files import hash_value
@@ -24,25 +23,44 @@ from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss_sum` of this rank in nats; `targets` and `tokens` over all ranks."""
+    """What one step came to.
 
-    loss_sum: float
-    targets: int
+    `tokens`: over all ranks; `by_language`: nats and predicted tokens of this rank, [languages, 2] fp64, on its device;
+    `applied`: false when the gradient was not finite and the step was skipped.
+    """
+
     tokens: int
     lr: float
     grad_norm: float | None
+    by_language: torch.Tensor
+    applied: bool
 
 
 class Steps:
-    """Optimiser steps of one rank: which samples, forward and backward of each micro-batch, the update."""
+    """Optimiser steps of one rank: which samples, forward and backward of each micro-batch, the update.
 
-    def __init__(self, setting: Setting, engine: Any, blend: Blend, options: dict[str, Any]) -> None:
+    Args:
+        options: of the model's forward pass: the attention backend and the rows of a chunk of the loss.
+        watch: called after every micro-batch; what it raises ends the step before its update.
+    """
+
+    def __init__(
+        self, setting: Setting, engine: Any, blend: Blend, options: dict[str, Any], watch: Callable[[], None] = lambda: None
+    ) -> None:
         self.setting = setting
         self.engine = engine
         self.blend = blend
         self.options = options
+        self.watch = watch
+        self.languages = sorted(blend.streams)
+
+    def samples(self, step: int) -> range:
+        """The numbers of the samples of a step, over all ranks."""
+        size = self.setting.member.batch_sequences
+        return range(step * size, (step + 1) * size)
 
     def run(self, step: int) -> StepResult:
+        """Do step `step` (from 0) on this rank's share of its samples. Collective."""
         setting, engine = self.setting, self.engine
         member, config = setting.member, setting.recipe.train
         world = setting.processes.world_size
@@ -53,7 +71,7 @@ class Steps:
         lr = learning_rate(member, step)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = torch.zeros((), device=setting.device)
+        by_language = torch.zeros(len(self.languages), 2, dtype=torch.float64, device=setting.device)
         for batch in batches:
             output = engine(
                 batch.tokens,
@@ -63,21 +81,22 @@ class Steps:
                 dropout=self._dropout(batch, step, member.sample_seed(config.seed)),
                 **self.options,
             )
-            loss = output.loss_sum * (world * len(batches) / targets)
-            engine.backward(loss)
-            engine.step()
-            loss_sum += output.loss_sum.detach()
+            self._add_by_language(by_language, batch, output.token_losses)
+            engine.backward(output.loss_sum * (world * len(batches) / targets))
+            if batch is not batches[-1]:
+                engine.step()
+                self.watch()
+        engine.step()
         norm = engine.get_global_grad_norm()
-        norm = None if norm is None else float(norm)
-        total = float(loss_sum)
-        if not math.isfinite(total) or (norm is not None and not math.isfinite(norm)):
-            # Before this step is saved: a checkpoint of broken weights would take the place of a good one.
-            raise TrainError(
-                f"`{member.name}`: at step {step + 1} the loss is {total / targets:.4g} and the gradient norm {norm}; checkpoints before "
-                "it stay. Lower train.lr, raise train.warmup_steps, or set train.precision = fp32; its training then begins anew"
-            )
         tokens = member.batch_sequences * member.sequence_length
-        return StepResult(total, targets, tokens, lr, norm)
+        return StepResult(tokens, lr, None if norm is None else float(norm), by_language, bool(engine.was_step_applied()))
+
+    def _add_by_language(self, sums: torch.Tensor, batch: PackedBatch, token_losses: torch.Tensor) -> None:
+        windows = len(batch.languages)
+        numbers = torch.tensor([self.languages.index(language) for language in batch.languages])
+        counted = (batch.labels != IGNORED).view(windows, -1).sum(dim=1)
+        found = torch.stack([token_losses.view(windows, -1).sum(dim=1, dtype=torch.float64), counted.double()], dim=1)
+        sums.index_add_(0, numbers.to(sums.device, non_blocking=True), found)
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """This rank's share of the step's samples, in micro-batches. The samples of a step do not depend on the number of ranks."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megaxelm.errors import RecipeError, TrainError
@@ -75,3 +77,13 @@ def test_what_an_expert_depends_on() -> None:
 def test_learning_rate_by_step(settings: dict, expected: list[float]) -> None:
     member = plan_members(recipe(train={"lr": 1.0, "steps": 4} | settings), list("abcd"))["a"]
     assert [learning_rate(member, step) for step in range(4)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
+    shape = {"schedule": "wsd", "decay_share": 0.25, "final_lr_ratio": 0.1, "warmup_steps": 4, "lr": 1.0, "steps": 20}
+    member = plan_members(recipe(train=shape), list("abcd"))["dense"]
+    rates = [learning_rate(member, step) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4:16] == [1.0] * 12
+    assert rates[16:] == pytest.approx([0.82, 0.64, 0.46, 0.28])
+    short = replace(member, decay_share=1.0)
+    assert learning_rate(short, 4) == 1.0 and learning_rate(short, 12) == pytest.approx(0.55), "the decay begins after the warm-up"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +15,8 @@ from megaxelm.corpus.sampling import Blend
 from megaxelm.corpus.token_index import TokenIndex, TokenIndexWriter
 from megaxelm.errors import RecipeError
 from megaxelm.recipe import Recipe, parse_recipe
-from megaxelm.train import loop
 from megaxelm.train.checkpoint import Checkpoints
-from megaxelm.train.loop import language_tokens
+from megaxelm.train.loop import Loop, language_tokens
 from megaxelm.train.members import check_language_weights, member_settings, plan_members
 from megaxelm.train.metrics import Metrics, read_metrics
 from megaxelm.train.steps import StepResult
@@ -51,10 +51,11 @@ class FakeSteps:
 
     def __init__(self, blend: Blend) -> None:
         self.blend = blend
-        self.engine = None
+        self.engine = SimpleNamespace(skipped_steps=0)
+        self.languages = sorted(blend.streams)
 
     def run(self, step: int) -> StepResult:
-        return StepResult(1.0, 1, 1, 0.1, None)
+        return StepResult(1, 0.1, None, torch.ones(len(self.languages), 2, dtype=torch.float64), True)
 
 
 def write_metrics(blend: Blend, folder: Path, first: int, last: int) -> None:
@@ -64,10 +65,11 @@ def write_metrics(blend: Blend, folder: Path, first: int, last: int) -> None:
         member=member,
         recipe=SimpleNamespace(train=SimpleNamespace(log_every=2, checkpoint_every=100)),
         processes=SimpleNamespace(world_size=1),
+        device="cpu",
     )
     metrics = Metrics(folder, first)
     steps: Any = FakeSteps(blend)
-    loop._loop(setting, steps, Checkpoints.__new__(Checkpoints), metrics, range(first, last))
+    Loop(setting, steps, Checkpoints.__new__(Checkpoints), metrics, first).run(range(first, last))
     metrics.close()
 
 
