@@ -23,6 +23,7 @@ setup(
     data_files=[
         ("share/megaxelm/ds_configs", sorted(str(path.relative_to(HERE)) for path in (HERE / "ds_configs").glob("*.json"))),
         ("share/megaxelm/recipes", sorted(str(path.relative_to(HERE)) for path in (HERE / "recipes").glob("*.yaml"))),
+        ("share/megaxelm/slurm", sorted(str(path.relative_to(HERE)) for path in (HERE / "slurm").glob("*.sbatch"))),
     ],
     install_requires=[
         "torch>=2.11",

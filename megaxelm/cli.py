@@ -89,22 +89,74 @@ def train(
     expert: Annotated[
         str | None, typer.Option(help="seed, dense, or a cluster's name; its parents are trained if they have to be. Default: all.")
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Seed, dense and every expert; the default.")] = False,
+    hostfile: Annotated[Path | None, typer.Option(help="Nodes that deepspeed reaches by ssh, a line each: `worker-1 slots=8`.")] = None,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds that a training may take to save when it is asked to stop.")] = 300.0,
     overrides: SetOption = None,
     runs: RunsOption = _RUNS,
 ) -> None:
-    """Train models of a run whose token index is made."""
+    """Train models of a run whose token index is made. Exit code 75: stopped and saved, the same command goes on."""
     from megaxelm.stages import Stages
     from megaxelm.train.ds_config import check_ds_config, find_ds_config
+    from megaxelm.train.launch import LaunchOptions
     from megaxelm.train.members import find_member
+
+    if everything and expert is not None:
+        raise StageError(f"--all and --expert {expert}: give one of them")
 
     folder, recipe = _open_run(run, overrides, runs)
     check_ds_config(find_ds_config(recipe.train.deepspeed_config), recipe.train)
     stages = Stages(folder, recipe, check_sources=False)
     if expert is not None:
         find_member(stages.members(), expert)
-    made = stages.train_models(expert)
+    made = stages.train_models(expert, LaunchOptions(hostfile, grace))
     if not made:
         print("trained already and fresh; nothing to do")
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def submit(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs and submit none.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of one model's training.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0: train on CPUs. Default: train.num_devices.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of all jobs.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account of all jobs.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of each job, as sbatch has it.")] = None,
+    stage: Annotated[Path | None, typer.Option(help="Copy the token index to this folder of each node and train from there.")] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Submit to Slurm what is missing or stale of a run: prepare, seed, experts (an array), evaluate. After --: options of sbatch."""
+    from megaxelm.submit import SubmitOptions, plan_jobs, plan_text, submit_jobs
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = RunFolder(runs / loaded.name)
+    options = SubmitOptions(nodes, gpus_per_node, partition, account, time, stage and stage.absolute(), context.args)
+    jobs = plan_jobs(folder, loaded, options)
+    if not jobs:
+        print(f"{folder.path}: everything is up to date; nothing to submit")
+        return
+    print(plan_text(folder, jobs))
+    if not dry_run:
+        numbers = submit_jobs(folder, loaded, jobs)
+        print("submitted: " + ", ".join(f"{name} as job {number}" for name, number in numbers.items()))
+        print(f"see how it goes: megaxelm status {folder.path}")
+
+
+@app.command()
+def status(
+    run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="One JSON object a model.")] = False, runs: RunsOption = _RUNS
+) -> None:
+    """Print state, step, loss, speed and time left of every model of a run, and what Slurm says of its jobs."""
+    import json
+    from dataclasses import asdict
+
+    from megaxelm.status import run_status, status_text
+
+    lines, members = run_status(_open_run(run, None, runs)[0])
+    print("\n".join(json.dumps(asdict(item), ensure_ascii=False) for item in members) if as_json else status_text(lines, members))
 
 
 @app.command()

@@ -160,6 +160,10 @@ class RunFolder:
         """Write the marker of a finished expert, with the hash of its weights: what branches from it depends on them."""
         write_json(self.expert(name) / MARKER, made_from.to_json() | {"weights": weights})
 
+    def lock_file(self, unit: str) -> Path:
+        """The file that is locked while a unit is made. Not inside the unit's folder, which may be moved away meanwhile."""
+        return self.path / ".locks" / unit.replace("/", "-").replace(".", "run")
+
     @contextlib.contextmanager
     def lock(self, unit: str = ".") -> Iterator[None]:
         """One maker at a time of the run, or of one unit of it.
@@ -167,11 +171,9 @@ class RunFolder:
         Raises:
             StageError: another process works on it; its process id is named.
         """
-        folder = self.folder(unit)
-        # Not inside the unit's folder, which may be moved away while it is locked.
-        locks = self.path / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with open(locks / (unit.replace("/", "-").replace(".", "run")), "a+", encoding="utf-8") as file:
+        folder, path = self.folder(unit), self.lock_file(unit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -181,7 +183,10 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)  # who is still named here ended without coming to this line
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

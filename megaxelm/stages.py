@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaxelm.errors import StageError
 from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
@@ -24,6 +24,9 @@ from megaxelm.train.members import (
     member_settings,
     plan_members,
 )
+
+if TYPE_CHECKING:
+    from megaxelm.train.launch import LaunchOptions
 
 STAGES = ("corpus", "tokenizer", "tokens", "clusters", "index", "seed", "experts", "ensemble", "evaluation", "report")
 _STAGE_VERSION = 1
@@ -48,6 +51,7 @@ class Stages:
         self.recipe = recipe
         self.say = say
         self.check_sources = check_sources
+        self._launch: LaunchOptions | None = None
         self._known_sources: dict[str, dict[str, str]] = {}
 
     # What every unit is made from.
@@ -200,8 +204,9 @@ class Stages:
                 made = self._run_stage(stage, forced, None) or made
         return made
 
-    def train_models(self, expert: str | None) -> bool:
+    def train_models(self, expert: str | None, options: LaunchOptions | None = None) -> bool:
         """Train seed and experts, or one of them with its parents; the index must be fresh. Returns whether anything was trained."""
+        self._launch = options
         self._require_fresh(STAGES[: STAGES.index("seed")])
         with self.folder.lock():
             self.folder.write_recipe(self.recipe)
@@ -253,7 +258,7 @@ class Stages:
             waiting.append(self.members()[name])
         if waiting:
             began = time.monotonic()
-            train_members(self.folder, self.recipe, waiting)
+            train_members(self.folder, self.recipe, waiting, self._launch)
             self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
         self.write_lineage()
         return bool(waiting)

@@ -21,7 +21,7 @@ from megaxelm.recipe import Recipe, load_recipe
 from megaxelm.run import MARKER, MadeFrom, RunFolder
 from megaxelm.stages import Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
-from megaxelm.train.environment import Processes, check_compiler, find_processes
+from megaxelm.train.environment import Processes, check_compiler, check_device, find_processes
 from megaxelm.train.members import Member
 from megaxelm.train.preemption import catch_signals
 
@@ -79,6 +79,8 @@ def _train_member(
     from megaxelm.train.setting import Setting
 
     cuda = torch.cuda.is_available()
+    if cuda:
+        check_device(processes, torch.cuda.device_count())
     device = torch.device("cuda", processes.local_rank) if cuda else torch.device("cpu")
     ds_config = fill_ds_config(
         find_ds_config(options.deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda

@@ -27,6 +27,7 @@ from megaxelm.train.metrics import Meter, Metrics, console_line
 from megaxelm.train.preemption import StopRequest
 from megaxelm.train.profile import Profile
 from megaxelm.train.setting import Setting
+from megaxelm.train.staging import find_index
 from megaxelm.train.steps import StepResult, Steps
 from megaxelm.train.watchdog import Watchdog
 from megaxelm_kernels.attention import choose_backend
@@ -41,7 +42,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     recipe, member = setting.recipe, setting.member
     config = recipe.train
     tokenizer = Tokenizer.load(setting.run.folder("tokenizer"))
-    index = setting.run.folder("index")
+    index = find_index(setting.run)
     streams = open_streams(index, member.clusters, tokenizer)
     check_language_weights(recipe, {language for languages in load_index_manifest(index)["clusters"].values() for language in languages})
     sample_seed = member.sample_seed(config.seed)

@@ -3,12 +3,10 @@
 import os
 import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from slurm_daemons import Slurm, nodes_are_idle, wait_for
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "sinfo")
 
@@ -24,8 +22,8 @@ def _free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment variables under which sbatch reaches a Slurm with the nodes n1 and n2."""
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A Slurm with the nodes n1 and n2, which sbatch in this process's environment reaches."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
@@ -47,7 +45,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 AuthType=auth/munge
-AuthInfo=socket={munge}/socket
+AuthInfo=socket={munge}/socket,cred_expire=5
 CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
@@ -64,6 +62,8 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+SlurmdTimeout=10
+KillWait=10
 SchedulerParameters=sched_interval=1
 MinJobAge=20
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs={os.cpu_count()}
@@ -71,47 +71,19 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs={os.cpu_co
 PartitionName=main Nodes=n1,n2 Default=YES State=UP MaxTime=INFINITE
 """
     )
-    os.environ["SLURM_CONF"] = str(config)
-    commands = [
-        ["munged", "-F", "--force", *(f"--{key}={munge}/{name}" for key, name in _MUNGE.items())],
-        ["slurmctld", "-D", "-f", str(config)],
-        ["slurmd", "-D", "-N", "n1", "-f", str(config)],
-        ["slurmd", "-D", "-N", "n2", "-f", str(config)],
-    ]
-    daemons: list[subprocess.Popen[bytes]] = []
+    slurm = Slurm(folder)
+    os.environ |= slurm.environment
     try:
-        for command in commands:
-            with open(folder / f"{command[0]}.{len(daemons)}.out", "wb") as out:
-                daemons.append(subprocess.Popen(command, stdout=out, stderr=out))
-            if command[0] == "munged":
-                _wait(lambda: (munge / "socket").exists(), folder)
-        _wait(_is_idle, folder)
-        yield {"SLURM_CONF": str(config)}
+        slurm.start("munged", ["munged", "-F", "--force", *(f"--{key}={munge}/{name}" for key, name in _MUNGE.items())])
+        wait_for((munge / "socket").exists, folder)
+        slurm.start("slurmctld", ["slurmctld", "-D", "-f", str(config)])
+        for node in ("n1", "n2"):
+            slurm.start_node(node)
+        wait_for(nodes_are_idle, folder)
+        yield slurm
     finally:
         del os.environ["SLURM_CONF"]
-        for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in daemons:
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        slurm.stop()
 
 
 _MUNGE = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-
-
-def _is_idle() -> bool:
-    done = subprocess.run(["sinfo", "-h", "-o", "%t %D"], capture_output=True, text=True)
-    return done.stdout.strip() == "idle 2"
-
-
-def _wait(ready: object, folder: Path) -> None:
-    assert callable(ready)
-    deadline = time.monotonic() + 60
-    while not ready():
-        if time.monotonic() > deadline:
-            logs = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-800:]}" for path in folder.glob("*.log"))
-            raise AssertionError(f"Slurm did not start\n{logs}")
-        time.sleep(0.2)
