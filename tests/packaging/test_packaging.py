@@ -1,5 +1,4 @@
 import ast
-import json
 import os
 import shutil
 import subprocess
@@ -77,6 +76,3 @@ def test_arrows_between_the_folders_go_one_way(folder: str) -> None:
 def test_kernels_know_nothing_of_megaxelm() -> None:
     for path in (REPOSITORY / "kernels").rglob("*.py"):
         assert not any(module == "megaxelm" or module.startswith("megaxelm.") for module in imports(path)), path
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
