@@ -18,8 +18,9 @@ class PackedBatch:
     """A packed batch of N tokens in S segments that do not see each other.
 
     `tokens`, `labels` (-100: no target), `positions` and `sample_ids` (number of the sample in the run) are int64 [N],
-    `cu_seqlens` is int32 [S + 1] on the CPU. `num_targets`: labels that count; `max_seqlen`: tokens of the longest segment; `languages`: of
-    each window, which has N / windows tokens.
+    `cu_seqlens` is int32 [S + 1] on the CPU. `first_sample`: of the batch, whose samples follow each other.
+    `num_targets`: labels that count; `max_seqlen`: tokens of the longest segment; `languages`: of each window of
+    N / windows tokens.
     """
 
     tokens: Tensor
@@ -27,6 +28,7 @@ class PackedBatch:
     positions: Tensor
     cu_seqlens: Tensor
     sample_ids: Tensor
+    first_sample: int
     num_targets: int
     max_seqlen: int
     languages: tuple[str, ...]
@@ -61,6 +63,7 @@ def pack(windows: Windows, document_mask: bool) -> PackedBatch:
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         sample_ids=torch.from_numpy(np.repeat(windows.samples, length)),
+        first_sample=int(windows.samples[0]),
         num_targets=int((labels != IGNORED).sum()),
         max_seqlen=int(sizes.max()),
         languages=windows.languages,

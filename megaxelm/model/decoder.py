@@ -114,6 +114,7 @@ class Decoder(nn.Module):
         dropout: DropoutKey | None = None,
         loss_chunk_rows: int = 1024,
         attention: str = "sdpa",
+        exchange: Callable[..., Tensor] | None = None,
     ) -> Tensor | LossOutput:
         """Hidden states after the last norm [N, H], or with `labels` the loss.
 
@@ -125,11 +126,13 @@ class Decoder(nn.Module):
             dropout: keys of the tokens; needed in training mode when `residual_dropout` is above 0, unused otherwise.
             loss_chunk_rows: rows of logits that exist at one time.
             attention: `auto`, `sdpa` or `varlen`.
+            exchange: where several ranks share the tokens of the batch `cu_seqlens`, of which `tokens` are this rank's slice: calls
+                attention with all tokens of some heads (`megaxelm.train.ulysses`).
 
         Raises:
             ModelError: shapes that do not fit, an empty document, a backend that is missing here, dropout without keys.
         """
-        hidden = self._hidden(tokens, positions, cu_seqlens, dropout, attention)
+        hidden = self._hidden(tokens, positions, cu_seqlens, dropout, attention, exchange=exchange)
         if labels is None:
             return hidden
         _same_length("labels", labels, tokens)
@@ -206,6 +209,7 @@ class Decoder(nn.Module):
         dropout: DropoutKey | None,
         attention: str,
         training: bool | None = None,
+        exchange: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         config = self.config
         training = self.training if training is None else training
@@ -218,7 +222,7 @@ class Decoder(nn.Module):
             backend = choose_backend(attention, tokens.device, attention_dropout)
         except ValueError as error:
             raise ModelError(str(error)) from None
-        if layout.num_tokens != tokens.shape[0]:
+        if layout.num_tokens != tokens.shape[0] and exchange is None:
             raise ModelError(f"cu_seqlens ends at {layout.num_tokens}, but there are {tokens.shape[0]} tokens")
         if layout.longest > config.max_positions:
             raise ModelError(
@@ -238,6 +242,7 @@ class Decoder(nn.Module):
             attention_dropout=attention_dropout,
             residual_dropout=config.residual_dropout,
             dropout=dropout if drops else None,
+            exchange=exchange,
         )
         x = around.drop(self._embed(tokens, positions), EMBEDDING_SITE)
         every = self.checkpointed_every if torch.is_grad_enabled() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,13 @@ class PackedSurroundings:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     dropout: DropoutKey | None = None
+    exchange: Callable[[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor], Tensor] | None = None
+    """Where ranks share the tokens of a batch: calls attention with all tokens of some heads."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v) if self.exchange is None else self.exchange(self._attend, q, k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(
             q, k, v, self.layout, sliding_window=self.sliding_window, dropout_p=self.attention_dropout, backend=self.backend
         )

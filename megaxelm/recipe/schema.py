@@ -84,6 +84,9 @@ class TrainConfig(Section):
     which need one. The seed and the dense model use them too."""
     deepspeed_config: str = Field("zero1", json_schema_extra=NO_EFFECT)
     """A file, or the name of one in `ds_configs/`. `auto` values are filled from this recipe."""
+    sequence_parallel: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
+    """Ranks that share the tokens of each sequence, for long contexts (DeepSpeed-Ulysses); it divides the ranks, the heads and the sequence
+    length."""
     attention: Literal["auto", "sdpa", "varlen"] = Field("auto", json_schema_extra=NO_EFFECT)
     """Attention backend; `auto` prints its choice: `varlen` on CUDA where torch has it, else `sdpa`."""
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=2)] = Field("none", json_schema_extra=NO_EFFECT)

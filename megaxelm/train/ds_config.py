@@ -87,12 +87,17 @@ def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: i
         TrainError: as `check_ds_config`; a batch that the ranks cannot share; a precision that the device does not have.
     """
     config = check_ds_config(path, train)
-    if member.batch_sequences % world_size:
+    shared = train.sequence_parallel
+    if world_size % shared:
+        raise TrainError(f"train.sequence_parallel = {shared}: {world_size} ranks cannot be divided into groups of it; choose a divisor")
+    data_ranks = world_size // shared
+    if member.batch_sequences % data_ranks:
+        groups = f"{data_ranks} ranks" if shared == 1 else f"{data_ranks} groups of {shared} ranks"
         raise TrainError(
-            f"`{member.name}` has {member.batch_sequences} sequences a step, which {world_size} ranks cannot share: "
+            f"`{member.name}` has {member.batch_sequences} sequences a step, which {groups} cannot share: "
             f"use a number of ranks that divides it, or raise train.batch_sequences"
         )
-    rank_sequences = member.batch_sequences // world_size
+    rank_sequences = member.batch_sequences // data_ranks
     micro = micro_batch(rank_sequences, train.micro_batch_size)
     wanted = {
         "train_batch_size": member.batch_sequences,
@@ -102,6 +107,8 @@ def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: i
     }
     for dotted, value in wanted.items():
         _fill(config, dotted, value, path)
+    # DeepSpeed counts every rank as one with data of its own.
+    config["train_batch_size"] = member.batch_sequences * shared
     params = config["optimizer"]["params"]
     if params.get("torch_adam", "auto") == "auto":
         # DeepSpeed's own CPU Adam is a compiled extension, which offload needs; torch's serves any other run on a CPU.

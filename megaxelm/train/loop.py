@@ -29,6 +29,7 @@ from megaxelm.train.profile import Profile
 from megaxelm.train.setting import Setting
 from megaxelm.train.staging import find_index
 from megaxelm.train.steps import StepResult, Steps
+from megaxelm.train.ulysses import Exchange, check_sequence_parallel, sequence_group
 from megaxelm.train.watchdog import Watchdog
 from megaxelm_kernels.attention import choose_backend
 
@@ -57,7 +58,8 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
         raise TrainError(f"train.attention = {config.attention}: {error}") from None
     every = config.activation_checkpointing
     model.enable_activation_checkpointing(every if isinstance(every, int) else int(every == "full"))
-    options = {"attention": backend, "loss_chunk_rows": config.loss_chunk_rows}
+    check_sequence_parallel(config.sequence_parallel, setting.processes.world_size, model.config, member.sequence_length)
+    options: dict[str, Any] = {"attention": backend, "loss_chunk_rows": config.loss_chunk_rows}
     if config.compile and setting.ds_config["zero_optimization"]["stage"] == 3:
         raise TrainError(
             "train.compile = true with ZeRO stage 3, which gathers weights inside of what would be compiled: choose a lower stage"
@@ -68,6 +70,9 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     held_out = HeldOut(setting, blend.streams, tokenizer, options) if config.evaluate_every else None
     engine = start_engine(setting, model)
     guard(engine)
+    shared = options | (
+        {"exchange": Exchange(sequence_group(setting.processes, config.sequence_parallel))} if config.sequence_parallel > 1 else {}
+    )
     checkpoints = _checkpoints(setting)
     start = checkpoints.resume(engine)
     if setting.is_first:
@@ -77,7 +82,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     stop = StopRequest(setting.folder, setting.processes.rank, setting.processes.world_size)
     with Watchdog(config.hang_seconds) as watchdog:
         meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops)
-        loop = Loop(setting, Steps(setting, engine, blend, options, meter), checkpoints, metrics, start.step)
+        loop = Loop(setting, Steps(setting, engine, blend, shared, meter), checkpoints, metrics, start.step)
         with Profile(setting.folder / "profile", setting.profile, setting.processes.rank) as profile:
             loop.run(bar, stop, watchdog, held_out, profile)
     checkpoints.finish()

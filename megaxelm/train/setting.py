@@ -33,6 +33,11 @@ class Setting:
         return self.run.expert(self.member.name)
 
     @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that have sequences of their own; the ranks of a group share the tokens of theirs."""
+        return self.processes.world_size // self.recipe.train.sequence_parallel
+
+    @property
     def is_first(self) -> bool:
         return self.processes.rank == 0
 

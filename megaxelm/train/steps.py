@@ -20,6 +20,7 @@ from megaxelm.files import hash_value
 from megaxelm.train.metrics import Meter
 from megaxelm.train.schedule import learning_rate
 from megaxelm.train.setting import Setting, sum_over_ranks
+from megaxelm.train.ulysses import own_slice
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 
 
@@ -73,12 +74,8 @@ class Steps:
         """Do step `step` (from 0) on this rank's share of its samples. Collective."""
         setting, engine = self.setting, self.engine
         member, config = setting.member, setting.recipe.train
-        world = setting.processes.world_size
         with self.meter.data() if self.meter else contextlib.nullcontext():
             batches = list(self._batches(step))
-        if self.meter:
-            for batch in batches:
-                self.meter.count(batch)
         targets = int(sum_over_ranks(sum(batch.num_targets for batch in batches), setting))
         if targets == 0:
             raise TrainError(f"`{member.name}`: step {step} has no token to predict; are all documents of its languages empty?")
@@ -96,7 +93,7 @@ class Steps:
                 **self.options,
             )
             self._add_by_language(by_language, batch, output.token_losses)
-            engine.backward(output.loss_sum * (world * len(batches) / targets))
+            engine.backward(output.loss_sum * (setting.processes.world_size * len(batches) / targets))
             if batch is not batches[-1]:
                 engine.step()
                 self.watch()
@@ -106,21 +103,25 @@ class Steps:
         return StepResult(tokens, lr, None if norm is None else float(norm), by_language, bool(engine.was_step_applied()))
 
     def _add_by_language(self, sums: torch.Tensor, batch: PackedBatch, token_losses: torch.Tensor) -> None:
-        windows = len(batch.languages)
-        numbers = torch.tensor([self.languages.index(language) for language in batch.languages])
-        counted = (batch.labels != IGNORED).view(windows, -1).sum(dim=1)
-        found = torch.stack([token_losses.view(windows, -1).sum(dim=1, dtype=torch.float64), counted.double()], dim=1)
-        sums.index_add_(0, numbers.to(sums.device, non_blocking=True), found)
+        numbers = torch.tensor([self.languages.index(language) for language in batch.languages]).to(sums.device, non_blocking=True)
+        # Of each token the number of its window in the batch, and so its language.
+        rows = numbers[batch.sample_ids - batch.first_sample]
+        counted = (batch.labels != IGNORED).double()
+        sums.index_add_(0, rows, torch.stack([token_losses.double(), counted], dim=1))
 
     def _batches(self, step: int) -> Iterator[PackedBatch]:
         """This rank's share of the step's samples, in micro-batches. The samples of a step do not depend on the number of ranks."""
-        member, processes = self.setting.member, self.setting.processes
-        share = member.batch_sequences // processes.world_size
-        first = step * member.batch_sequences + processes.rank * share
+        member, config = self.setting.member, self.setting.recipe.train
+        group, place = divmod(self.setting.processes.rank, config.sequence_parallel)
+        share = member.batch_sequences // self.setting.data_ranks
+        first = step * member.batch_sequences + group * share
         micro = self.setting.ds_config["train_micro_batch_size_per_gpu"]
         for start in range(first, first + share, micro):
             windows = self.blend.read(start, micro)
-            yield pack(windows, self.setting.recipe.train.document_mask).to(self.setting.device)
+            batch = pack(windows, config.document_mask)
+            if self.meter:
+                self.meter.count(batch)
+            yield own_slice(batch, place, config.sequence_parallel).to(self.setting.device)
 
     def _dropout(self, batch: PackedBatch, step: int, seed: int) -> DropoutKey | None:
         model = self.setting.recipe.model
@@ -129,6 +130,6 @@ class Steps:
             torch.manual_seed(int(hash_value([seed, step, int(batch.sample_ids[0])])[:15], 16))
         if not model.dropout and not model.attention_dropout:
             return None
-        length = self.setting.member.sequence_length
-        positions = torch.arange(batch.tokens.shape[0], device=batch.tokens.device) % length
+        tokens, place = batch.tokens.shape[0], self.setting.processes.rank % self.setting.recipe.train.sequence_parallel
+        positions = torch.arange(place * tokens, (place + 1) * tokens, device=batch.tokens.device) % self.setting.member.sequence_length
         return dropout_keys(seed, step, batch.sample_ids, positions)
