@@ -10,6 +10,7 @@ from megaxelm.errors import ModelError
 from megaxelm.model.config import config_from_recipe
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import load_pretrained
+from megaxelm.train.fill import fill_engine as fill_engine
 from megaxelm.train.setting import Setting
 
 
@@ -62,8 +63,8 @@ def start_engine(setting: Setting, model: Decoder) -> Any:
 
 
 def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    """Matrices decay, vectors (norms, biases) do not. Under ZeRO-3 a parameter itself is empty, and its shape is in `ds_shape`."""
+    matrices = [parameter for parameter in model.parameters() if len(getattr(parameter, "ds_shape", parameter.shape)) > 1]
+    vectors = [parameter for parameter in model.parameters() if len(getattr(parameter, "ds_shape", parameter.shape)) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}]
     return groups + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])

@@ -52,7 +52,7 @@ def fill_engine(
     places = _places(engine)
     adam = getattr(optimizer, "optimizer", optimizer)
     if moments is None:
-        _clear(adam, places)
+        _clear(adam)
     for name, parameter in engine.module.named_parameters():
         full = weight(name)
         _check_shape(name, full, parameter)
@@ -102,10 +102,11 @@ def _state(adam: Any, master: Tensor, step: int) -> dict[str, Any]:
     return state
 
 
-def _clear(adam: Any, places: dict[int, _Place]) -> None:
+def _clear(adam: Any) -> None:
     """As before the first step: some of DeepSpeed's optimisers take one with zero gradients when they are made."""
-    for master in {id(place.master): place.master for place in places.values()}.values():
-        adam.state.pop(master, None)
+    for state in adam.state.values():
+        for key in state:
+            state[key] = state[key].zero_() if isinstance(state[key], Tensor) else 0
     for group in adam.param_groups:
         group.pop("step", None)
 
@@ -125,9 +126,7 @@ def _places(engine: Any) -> dict[int, _Place]:
         found = _vector_places(optimizer.fp16_groups, _offsets(optimizer.fp16_groups), optimizer.fp32_groups_flat, None)
     elif hasattr(optimizer, "fp32_groups"):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        found = (
-            (param, _Place(master, 0, 0, master.numel())) for low, high in pairs for param, master in zip(low, high, strict=True)
-        )
+        found = ((param, _Place(master, 0, 0, master.numel())) for low, high in pairs for param, master in zip(low, high, strict=True))
     elif isinstance(optimizer, torch.optim.Optimizer):
         found = ((param, _Place(param, 0, 0, param.numel())) for group in optimizer.param_groups for param in group["params"])
     else:
@@ -163,9 +162,7 @@ def _zero3_places(optimizer: Any) -> Iterator[tuple[Tensor, _Place]]:
         for parameter in group:
             share = parameter.partition_numel()
             if master.numel() < start + share:
-                raise TrainError(
-                    "the optimiser's state is on NVMe, where it cannot be filled: offload to the CPU instead (offload_optimizer.device = cpu)"
-                )
+                raise TrainError("the optimiser's state is on NVMe, where it cannot be filled: set offload_optimizer.device = cpu")
             first = share * torch.distributed.get_rank(parameter.ds_process_group)
             numel = max(0, min(share, parameter.ds_numel - first))
             yield parameter, _Place(master, start, first, numel)

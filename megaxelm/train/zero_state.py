@@ -191,12 +191,14 @@ def _names_once(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _offset(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._checkpoint_offset)  # type: ignore[attr-defined]  # documented for loads without numbers
+    place = tensor.untyped_storage()._checkpoint_offset  # set by a load without numbers
+    assert place is not None
+    return place
 
 
 def _stretch(path: Path, tensor: Tensor) -> _Stretch:
     assert tensor.is_contiguous(), "optimisers save contiguous tensors"
-    return _Stretch(path, _offset(tensor) + tensor.storage_offset() * tensor.dtype.itemsize, tensor.dtype, tensor.numel())
+    return _Stretch(path, _offset(tensor) + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.dtype, tensor.numel())
 
 
 def _cut(stretches: list[_Stretch], start: int, numel: int) -> tuple[_Stretch, ...]:
@@ -233,8 +235,8 @@ def _read_whole(path: Path, model: dict[str, Any], names: tuple[str, ...]) -> tu
     states = _flat_states(optimizer)
     groups = [[name for name in names if module[name].ndim > 1], [name for name in names if module[name].ndim <= 1]]
     groups = [group for group in groups if group]
+    saved: dict[str, _Saved] = {}
     if "fp32_groups_flat" in wrapped:
-        saved = {}
         for group, flat, state in zip(groups, wrapped["fp32_groups_flat"], states, strict=True):
             tensors = {_WEIGHT: flat} | {key: state[key] for key in MOMENTS if key in state}
             vectors = {key: [_stretch(path, tensor)] for key, tensor in tensors.items()}
@@ -244,7 +246,6 @@ def _read_whole(path: Path, model: dict[str, Any], names: tuple[str, ...]) -> tu
     copies = [tensor for group in wrapped["fp32_groups"] for tensor in group] if "fp32_groups" in wrapped else [module[n] for n in order]
     if len(order) != len(copies) or len(order) != len(states):
         raise CheckpointError(f"{path}: {len(order)} parameters, but {len(copies)} weights and {len(states)} states of the optimiser")
-    saved = {}
     for name, copy, state in zip(order, copies, states, strict=True):
         shape = tuple(module[name].shape)
         tensors = {_WEIGHT: copy} | {key: state[key] for key in MOMENTS if key in state}
@@ -298,7 +299,8 @@ def _named_cuts(
     where: Path, vectors: dict[str, list[_Stretch]], shapes: dict[str, tuple[int, ...]], paddings: list[int]
 ) -> dict[str, _Saved]:
     """Parameters that lie one after the other in a vector, each followed by its padding."""
-    saved, start = {}, 0
+    saved: dict[str, _Saved] = {}
+    start = 0
     for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
         numel = math.prod(shape)
         saved[name] = _Saved(shape, {key: _cut(stretches, start, numel) for key, stretches in vectors.items()})
@@ -327,9 +329,7 @@ def _cut_each_parameter(
             share = -(-numel // len(ranks))
             stretches = {
                 key: tuple(
-                    vector[key].part(start, min(share, numel - rank * share))
-                    for rank, vector in enumerate(vectors)
-                    if numel > rank * share
+                    vector[key].part(start, min(share, numel - rank * share)) for rank, vector in enumerate(vectors) if numel > rank * share
                 )
                 for key in vectors[0]
             }
