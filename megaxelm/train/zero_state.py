@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megaxelm.errors import CheckpointError
-from megaxelm.model.numbers import read_numbers
+from megaxelm.model.weight_files import read_numbers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "weight"
