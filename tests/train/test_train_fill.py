@@ -1,47 +1,19 @@
 """Engines of every ZeRO stage are filled with full tensors, and their checkpoints are read back, on one rank and on two."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import REPOSITORY
+from ranks import run_ranks
 
 from megaxelm.errors import CheckpointError
-from megaxelm.train.environment import free_port
 from megaxelm.train.zero_state import CheckpointState
-
-
-def run_ranks(script: str, ranks: int, *arguments: str) -> str:
-    """Run a script of this folder on so many ranks; returns what rank 0 printed.
-
-    The test fails with the output of all ranks when one of them ends with an error.
-    """
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    path["PYTHONPATH"] = os.pathsep.join(str(REPOSITORY / part) for part in (".", "kernels"))
-    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=dict(os.environ) | common | path | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(output[-6000:] for output in outputs)
-    return outputs[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_zero_stage_is_filled_steps_like_torch_and_is_read_back(ranks: int, tmp_path: Path) -> None:
-    assert "filled all kinds" in run_ranks("fill_ranks.py", ranks, str(tmp_path))
+    assert "filled all kinds" in run_ranks("train/fill_ranks.py", ranks, str(tmp_path))
 
 
 def write_zero1(tag: Path, ranks: int = 2) -> None:
