@@ -11,7 +11,9 @@ afterwards, so its fp32 weights are those of the source in every stage and preci
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from megaxelm.train.setting import Setting
 __all__ = ["build_model", "fill_engine", "start_engine", "starting_weights"]
 
 MODEL_CONFIG = "model_config.json"
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 
 
 def starting_weights(setting: Setting, tokenizer: Tokenizer) -> WeightSource:
@@ -59,8 +62,26 @@ def build_model(setting: Setting, config: DecoderConfig) -> Decoder:
     import deepspeed
 
     in_parts = setting.ds_config["zero_optimization"]["stage"] == 3
-    with deepspeed.zero.Init(config_dict_or_path=setting.ds_config) if in_parts else nullcontext():
+    if not in_parts:
         return Decoder(config).train()
+    with _large_blocks_apart(), deepspeed.zero.Init(config_dict_or_path=setting.ds_config):
+        return Decoder(config).train()
+
+
+@contextmanager
+def _large_blocks_apart() -> Iterator[None]:
+    """On a CPU, give memory of freed tensors back at once while whole parameters are cut into parts.
+
+    glibc else keeps the holes that the whole ones leave between the parts: together as large as the other ranks' parts. Afterwards large
+    blocks are kept for the next step again, up to the sizes that glibc itself goes to (mallopt(3)).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: 0)  # other C libraries have none, and other habits
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _check_tokenizer_of_seed(seed: str, config: DecoderConfig, tokenizer: Tokenizer) -> None:
