@@ -17,7 +17,7 @@ from megaxelm.errors import Preempted, TrainError
 from megaxelm.files import write_json
 from megaxelm.model.decoder import Decoder
 from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
-from megaxelm.train.engine import build_model, start_engine
+from megaxelm.train.engine import build_model, fill_engine, start_engine, starting_weights
 from megaxelm.train.evaluation import HeldOut
 from megaxelm.train.export import export_trained
 from megaxelm.train.finite import guard
@@ -49,7 +49,8 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     sample_seed = member.sample_seed(config.seed)
     blend = Blend(streams, member.sequence_length, member.language_alpha, sample_seed, config.language_weights)
     before = memory(setting.device)
-    model = build_model(setting, tokenizer)
+    source = starting_weights(setting, tokenizer)
+    model = build_model(setting, source.config)
     try:
         # The packed kernel of torch has no fp32 form.
         wanted = "sdpa" if config.attention == "auto" and config.precision == "fp32" else config.attention
@@ -70,11 +71,13 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     held_out = HeldOut(setting, blend.streams, tokenizer, options) if config.evaluate_every else None
     engine = start_engine(setting, model)
     guard(engine)
-    shared = options | (
-        {"exchange": Exchange(sequence_group(setting.processes, config.sequence_parallel))} if config.sequence_parallel > 1 else {}
-    )
+    shared = dict(options)
+    if config.sequence_parallel > 1:
+        shared["exchange"] = Exchange(sequence_group(setting.processes, config.sequence_parallel))
     checkpoints = _checkpoints(setting)
     start = checkpoints.resume(engine)
+    if start.step == 0:
+        fill_engine(engine, source.weight, None, 0)
     if setting.is_first:
         _record_choices(setting, model, backend, start, before)
     metrics = Metrics(setting.folder, start.step, engine.monitor) if setting.is_first else None
@@ -86,7 +89,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
         with Profile(setting.folder / "profile", setting.profile, setting.processes.rank) as profile:
             loop.run(bar, stop, watchdog, held_out, profile)
     checkpoints.finish()
-    export_trained(setting, engine, tokenizer)
+    export_trained(setting, tokenizer)
     if metrics is not None:
         metrics.close()
 
