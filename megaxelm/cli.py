@@ -129,20 +129,30 @@ def report(run: RunArgument, runs: RunsOption = _RUNS) -> None:
 
 @app.command()
 def export(
-    run: RunArgument,
+    source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run directory, its recipe, or a folder checkpoints/<step>.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    expert: Annotated[str, typer.Option(help="seed, dense, or a cluster's name.")],
+    expert: Annotated[str | None, typer.Option(help="Of a run: seed, dense, or a cluster's name.")] = None,
+    to: Annotated[str, typer.Option(help="Format: hf, a Hugging Face folder.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     runs: RunsOption = _RUNS,
 ) -> None:
-    """Write a trained model as a Hugging Face checkpoint with its tokenizer, reload it and compare logits."""
-    folder, _ = _open_run(run, None, runs)
-    source = _trained(folder, expert)
+    """Write a trained model, or any checkpoint of its training, as a Hugging Face folder with its tokenizer, and compare logits."""
     from megaxelm.corpus.tokenizer import Tokenizer
     from megaxelm.model.export import export_checkpoint
-    from megaxelm.train.export import sample_texts
+    from megaxelm.train.export import export_checkpoint_folder, is_checkpoint_path, sample_texts
 
-    export_checkpoint(source, output, dtype, sample_texts(folder, Tokenizer.load(folder.folder("tokenizer"))))
+    if to != "hf":
+        raise StageError(f"--to {to}: hf is the only format there is")
+    if is_checkpoint_path(source):
+        if expert is not None:
+            raise StageError(f"--expert {expert}: {source} is a checkpoint of one model already; leave --expert out")
+        tag = export_checkpoint_folder(source, output, dtype)
+        print(f"{output}: a Hugging Face checkpoint of {tag} in {dtype}; reloaded, and its logits agree")
+        return
+    if expert is None:
+        raise StageError(f"--expert is missing: which model of {source}? Name one, or give a folder experts/<name>/checkpoints/<step>")
+    folder, _ = _open_run(source, None, runs)
+    export_checkpoint(_trained(folder, expert), output, dtype, sample_texts(folder, Tokenizer.load(folder.folder("tokenizer"))))
     print(f"{output}: a Hugging Face checkpoint of `{expert}` in {dtype}; reloaded, and its logits agree")
 
 

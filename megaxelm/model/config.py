@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megaxelm.errors import ModelError
+from megaxelm.files import write_json
 from megaxelm.recipe import ModelConfig
 
 VOCABULARY_MULTIPLE = 128
@@ -84,6 +87,23 @@ class DecoderConfig:
     def padded_vocab_size(self) -> int:
         """Rows of embedding and head: the next multiple of 128."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def write_config(config: DecoderConfig, path: Path) -> None:
+    """Keep a configuration as JSON, beside the checkpoints of its training."""
+    write_json(path, asdict(config))
+
+
+def read_config(path: Path) -> DecoderConfig:
+    """What `write_config` wrote.
+
+    Raises:
+        ModelError: no such file, or not such a configuration.
+    """
+    try:
+        return DecoderConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not readable as the configuration of a model ({error}); copy the folder of the expert again") from None
 
 
 def config_from_recipe(model: ModelConfig, vocab_size: int, bos: int | None, eos: int | None, pad: int | None) -> DecoderConfig:

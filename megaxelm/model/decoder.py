@@ -9,7 +9,7 @@ hidden = decoder(tokens, positions, cu_seqlens)  # [N, H]; decoder.logits(hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from megaxelm_kernels.rotary import inverse_frequencies, rotary_tables
 __all__ = ["Decoder", "DropoutKey", "KVCache", "LossOutput", "TokenScores", "dropout_keys"]
 
 EMBEDDING_SITE = 0
+TABLES = ("embed.weight", "head.weight")  # rows from the vocabulary's size on are padding
 
 
 class LossOutput(NamedTuple):
@@ -88,18 +89,8 @@ class Decoder(nn.Module):
 
         Drawn in fp32 on the CPU in the order of the parameters, so a seed gives the same weights for every type and device.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                deviation = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
-                parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator))
-        for table in (self.embed.weight, self.head.weight):
-            table[self.config.vocab_size :].zero_()
+        for name, tensor in initial_weights(self.config, seed):
+            self.get_parameter(name).copy_(tensor)
 
     def forward(
         self,
@@ -262,6 +253,29 @@ class Decoder(nn.Module):
         except ValueError as error:
             raise ModelError(str(error)) from None
         return rotary_tables(positions, frequencies.to(positions.device))
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a decoder's parameters in its order; a tied head is the embedding and has no entry."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
+
+
+def initial_weights(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights of `Decoder.initialise(seed)` by name, fp32 on the CPU, drawn one after the other in the order of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(".bias"):
+            yield name, torch.zeros(shape)
+        elif len(shape) == 1:
+            yield name, torch.ones(shape)
+        else:
+            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            deviation = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
+            tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator)
+            if name in TABLES:
+                tensor[config.vocab_size :] = 0.0
+            yield name, tensor
 
 
 def sinusoidal_positions(rows: Tensor, config: DecoderConfig) -> Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megaxelm.errors import ModelError
-from megaxelm.model.decoder import Decoder
-from megaxelm.model.hub import check_export, load_pretrained, save_pretrained
+from megaxelm.model.hub import check_export, open_pretrained, save_pretrained
+from megaxelm.model.source import WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def write_export(decoder: Decoder, target: Path, dtype: str, tokenizer_folder: Path, texts_tokens: Sequence[Sequence[int]]) -> None:
+def write_export(source: WeightSource, target: Path, dtype: str, tokenizer_folder: Path, texts_tokens: Sequence[Sequence[int]]) -> None:
     """Write `target` with its tokenizer; what lies there is replaced once the reloaded logits agree on `texts_tokens`.
 
     Raises:
@@ -23,12 +24,13 @@ def write_export(decoder: Decoder, target: Path, dtype: str, tokenizer_folder: P
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype = {dtype}: choose {' or '.join(DTYPES)}")
+    source = replace(source, config=replace(source.config, residual_dropout=0.0, attention_dropout=0.0))
     aside = target.with_name(f".{target.name}.making")
     if aside.exists():
         shutil.rmtree(aside)
     try:
-        save_pretrained(decoder, aside, dtype=DTYPES[dtype], tokenizer_folder=tokenizer_folder)
-        check_export(aside, decoder, texts_tokens)
+        save_pretrained(source, aside, dtype=DTYPES[dtype], tokenizer_folder=tokenizer_folder)
+        check_export(aside, source, texts_tokens)
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
@@ -36,8 +38,8 @@ def write_export(decoder: Decoder, target: Path, dtype: str, tokenizer_folder: P
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def export_checkpoint(source: Path, output: Path, dtype: str, texts_tokens: Sequence[Sequence[int]]) -> None:
-    """Copy a checkpoint folder in another type.
+def export_to(source: WeightSource, output: Path, dtype: str, tokenizer_folder: Path, texts_tokens: Sequence[Sequence[int]]) -> None:
+    """Write a checkpoint into a folder that a user named.
 
     Raises:
         ModelError: `output` exists already, or as `write_export`.
@@ -45,4 +47,13 @@ def export_checkpoint(source: Path, output: Path, dtype: str, texts_tokens: Sequ
     if output.exists():
         raise ModelError(f"--output {output}: exists already; choose a new folder or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_export(load_pretrained(source), output, dtype, source, texts_tokens)
+    write_export(source, output, dtype, tokenizer_folder, texts_tokens)
+
+
+def export_checkpoint(folder: Path, output: Path, dtype: str, texts_tokens: Sequence[Sequence[int]]) -> None:
+    """Copy a Hugging Face checkpoint folder in another type.
+
+    Raises:
+        ModelError: `output` exists already, or as `write_export`.
+    """
+    export_to(open_pretrained(folder), output, dtype, folder, texts_tokens)

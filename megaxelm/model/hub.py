@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaxelm.errors import ModelError
-from megaxelm.model.config import DecoderConfig
-from megaxelm.model.decoder import Decoder
-from megaxelm.model.families import Family, get_family, hf_name
+from megaxelm.model.config import DecoderConfig, num_parameters
+from megaxelm.model.decoder import TABLES, Decoder, parameter_shapes
+from megaxelm.model.families import get_family, hf_name
+from megaxelm.model.source import WeightSource, decoder_source, streamed_logits
+from megaxelm.model.weight_files import (
+    DEFAULT_SHARD_BYTES,
+    SAFETENSORS_INDEX,
+    SINGLE_FILES,
+    StoredTensor,
+    read_json,
+    stored_tensors,
+    write_safetensors,
+)
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -31,10 +36,10 @@ TOKENIZER_FILES = (
     "chat_template.*",
     "megaxelm_tokenizer.json",
 )
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
 # Largest difference of logits after a reload, as a share of the largest logit: fp32 summation order, or the rounding of bf16 weights.
 _LOGIT_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+# Above this number of parameters transformers' own class, which holds the whole model, is not run.
+_FOREIGN_PARAMETERS = 200_000_000
 
 
 def load_config(folder: str | Path) -> DecoderConfig:
@@ -44,7 +49,7 @@ def load_config(folder: str | Path) -> DecoderConfig:
         ModelError: no readable config.json, an unknown family, or something the decoder does not have.
     """
     path = Path(folder) / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path)
     try:
         return get_family(raw.get("model_type")).config_from_hf(raw)
     except ModelError as error:
@@ -59,36 +64,58 @@ def load_pretrained(folder_or_name: str | Path, dtype: torch.dtype = torch.float
     Raises:
         ModelError: the folder is incomplete or damaged, tensors are missing, unexpected or of another shape.
     """
+    source = open_pretrained(folder_or_name)
+    decoder = Decoder(source.config).to(dtype)
+    for name, parameter in decoder.named_parameters():
+        parameter.data.copy_(source.weight(name))
+    return decoder.eval()
+
+
+def open_pretrained(folder_or_name: str | Path) -> WeightSource:
+    """The tensors of a checkpoint folder, or of a name on the Hugging Face hub, to be read one at a time.
+
+    Raises:
+        ModelError: as `load_pretrained`; damage inside of a tensor's numbers when it is read.
+    """
     folder = _locate(folder_or_name)
     config = load_config(folder)
     family = get_family(config.family)
-    decoder = Decoder(config).to(dtype)
-    wanted = {hf_name(family, name): parameter.data for name, parameter in decoder.named_parameters()}
-    ignored = [re.compile(pattern) for pattern in family.IGNORED]
+    stored = stored_tensors(folder)
+    shapes = parameter_shapes(config)
+    theirs = {name: hf_name(family, name) for name in shapes}
     tied_name = hf_name(family, "head.weight") if config.tie_embeddings else None
-    tied: Tensor | None = None
-    found: set[str] = set()
-    unexpected: list[str] = []
-    for name, read in _tensors(folder):
-        if name in wanted:
-            _fill(wanted[name], read(), name, config, folder)
-            found.add(name)
-        elif name == tied_name:
-            tied = read()
-        elif not any(pattern.fullmatch(name) for pattern in ignored):
-            unexpected.append(name)
-    missing = sorted(wanted.keys() - found)
-    _refuse_names(str(folder), missing, unexpected)
-    if tied is not None and not torch.equal(tied.to(dtype), decoder.embed.weight.data[: config.vocab_size]):
+    ignored = [re.compile(pattern) for pattern in family.IGNORED]
+    surplus = [name for name in stored if name not in theirs.values() and name != tied_name]
+    unexpected = [name for name in surplus if not any(pattern.fullmatch(name) for pattern in ignored)]
+    _refuse_names(str(folder), sorted(set(theirs.values()) - stored.keys()), unexpected)
+    for name, shape in shapes.items():
+        expected, found = _exported_shape(name, shape, config), stored[theirs[name]].shape
+        if found != expected:
+            raise ModelError(f"{folder}: {theirs[name]} has shape {found}, config.json asks for {expected}; they are not of one model")
+    if tied_name in stored and not torch.equal(stored[tied_name].read(), stored[theirs["embed.weight"]].read()):
         raise ModelError(
             f"{folder}: tie_word_embeddings is true, but {tied_name} differs from the embedding; set it to false in config.json, "
             "or remove the tensor"
         )
-    return decoder.eval()
+    return WeightSource(config, lambda name: _padded(stored[theirs[name]], shapes[name]))
+
+
+def _padded(stored: StoredTensor, shape: tuple[int, ...]) -> Tensor:
+    tensor = stored.read()
+    if tuple(tensor.shape) == shape:
+        return tensor
+    padded = torch.zeros(shape, dtype=tensor.dtype)
+    padded[: tensor.shape[0]] = tensor
+    return padded
+
+
+def _exported_shape(name: str, shape: tuple[int, ...], config: DecoderConfig) -> tuple[int, ...]:
+    """Shape in a checkpoint folder, which has no padding rows."""
+    return (config.vocab_size, *shape[1:]) if name in TABLES else shape
 
 
 def save_pretrained(
-    model: Decoder | Mapping[str, Tensor],
+    model: Decoder | WeightSource | Mapping[str, Tensor],
     folder: str | Path,
     *,
     config: DecoderConfig | None = None,
@@ -96,10 +123,10 @@ def save_pretrained(
     tokenizer_folder: Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads.
+    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads, one tensor at a time.
 
     Args:
-        model: a decoder, or its state dict (our names, padded rows) together with `config`.
+        model: a decoder, a source of weights, or a decoder's state dict (our names, padded rows) together with `config`.
         dtype: type of the weights in the files.
         tokenizer_folder: its tokenizer files are copied.
         max_shard_bytes: weights above this are cut into several files with an index.
@@ -110,11 +137,14 @@ def save_pretrained(
     from transformers import GenerationConfig
 
     if isinstance(model, Decoder):
-        config, state = model.config, dict(model.state_dict())
+        source = decoder_source(model)
+    elif isinstance(model, WeightSource):
+        source = model
     elif config is None:
         raise TypeError("save_pretrained of a state dict needs config")
     else:
-        state = dict(model)
+        source = _state_source(model, config)
+    config = source.config
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = get_family(config.family)
@@ -124,9 +154,34 @@ def save_pretrained(
     hf.save_pretrained(folder)
     ids = {name: config.extra.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
-    _save_weights(state, folder, config, family, dtype, max_shard_bytes)
+    _save_weights(source, folder, dtype, max_shard_bytes)
     if tokenizer_folder is not None:
         copy_tokenizer(tokenizer_folder, folder)
+
+
+def _state_source(state: Mapping[str, Tensor], config: DecoderConfig) -> WeightSource:
+    expected = parameter_shapes(config)
+    unknown = sorted(state.keys() - expected.keys() - ({"head.weight"} if config.tie_embeddings else set()))
+    _refuse_names("export", sorted(expected.keys() - state.keys()), unknown)
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise ModelError(f"export: {name} has shape {tuple(state[name].shape)}, the configuration asks for {shape}")
+    return WeightSource(config, lambda name: state[name])
+
+
+def _save_weights(source: WeightSource, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    config, family = source.config, get_family(source.config.family)
+    shapes = {name: _exported_shape(name, shape, config) for name, shape in parameter_shapes(config).items()}
+    ours = {hf_name(family, name): name for name in shapes}
+
+    def read(theirs: str) -> Tensor:
+        name = ours[theirs]
+        tensor = source.weight(name)[: shapes[name][0]]
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"export: {name} has values that are not finite: training has diverged; go back to an earlier checkpoint")
+        return tensor
+
+    write_safetensors(folder, {theirs: shapes[name] for theirs, name in ours.items()}, dtype, read, max_shard_bytes)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -149,55 +204,56 @@ def weights_hash(folder: str | Path) -> str:
         ModelError: the folder is incomplete or damaged.
     """
     digest = hashlib.sha256()
-    for name, read in sorted(_tensors(Path(folder)), key=lambda item: item[0]):
-        tensor = read().contiguous()
+    for name, stored in sorted(stored_tensors(Path(folder)).items()):
+        tensor = stored.read().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def check_export(folder: str | Path, decoder: Decoder, texts_tokens: Sequence[Sequence[int]]) -> float:
+def check_export(folder: str | Path, model: Decoder | WeightSource, texts_tokens: Sequence[Sequence[int]]) -> float:
     """Reload an export with our reader and with transformers' own class and compare logits on these texts.
 
+    Our side goes through the layers one at a time. A model of more than 200M parameters is not given to transformers' class, which would
+    hold it whole; that is said.
+
     Returns:
-        The largest difference to `decoder`, as a share of its largest logit.
+        The largest difference to `model`, as a share of its largest logit.
 
     Raises:
         ModelError: the logits differ by more than the rounding of the types explains.
     """
-    from transformers import AutoModelForCausalLM
-
-    lengths = [len(text) for text in texts_tokens]
-    tokens = torch.tensor([token for text in texts_tokens for token in text], dtype=torch.int64)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-
-    def packed_logits(model: Decoder) -> Tensor:
-        training = model.training
-        model.eval()
-        device = model.device
-        logits = model.logits(model(tokens.to(device), positions.to(device), cu_seqlens)).float().cpu()
-        model.train(training)
-        return logits
-
-    stored = _stored_dtype(Path(folder))
-    reloaded = load_pretrained(folder)
-    ours, again = packed_logits(decoder), packed_logits(reloaded)
-    del reloaded
-    theirs_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    theirs = torch.cat([theirs_model(torch.tensor([list(text)])).logits[0] for text in texts_tokens])
+    folder = Path(folder)
+    source = decoder_source(model) if isinstance(model, Decoder) else model
+    written = open_pretrained(folder)
+    ours, again = streamed_logits(source, texts_tokens), streamed_logits(written, texts_tokens)
     scale = max(1.0, float(ours.abs().max()))
     difference = float((ours - again).abs().max()) / scale
-    bound = max(_LOGIT_BOUNDS.get(stored, 3e-2), _LOGIT_BOUNDS.get(decoder.dtype, 3e-2))
+    bound = max(_LOGIT_BOUNDS.get(dtype, 3e-2) for dtype in (_stored_dtype(folder), source.weight("norm.weight").dtype))
     if not difference <= bound:
         raise ModelError(
             f"{folder}: the reloaded export differs by {difference:.2g} of the largest logit, allowed is {bound:.2g}; export again"
         )
-    foreign = float((again - theirs).abs().max()) / scale
+    size = num_parameters(written.config)
+    if size > _FOREIGN_PARAMETERS:
+        print(
+            f"{folder}: logits were compared layer by layer by our own reader, and not with transformers' class, which would hold all "
+            f"{size / 1e6:.0f}M parameters at once (compare with: AutoModelForCausalLM.from_pretrained)",
+            flush=True,
+        )
+        return difference
+    foreign = float((again - _foreign_logits(folder, texts_tokens)).abs().max()) / scale
     if not foreign <= _LOGIT_BOUNDS[torch.float32]:
         raise ModelError(f"{folder}: transformers computes other logits from this export (by {foreign:.2g} of the largest); do not use it")
     return difference
+
+
+def _foreign_logits(folder: Path, texts_tokens: Sequence[Sequence[int]]) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return torch.cat([model(torch.tensor([list(text)])).logits[0] for text in texts_tokens])
 
 
 def _locate(folder_or_name: str | Path) -> Path:
@@ -212,7 +268,7 @@ def _locate(folder_or_name: str | Path) -> Path:
     try:
         has_safetensors = ["*.json", "*.safetensors", "*.model", "*.txt"]
         local = Path(snapshot_download(name, allow_patterns=has_safetensors))
-        if not any((local / file).is_file() for file in (_SINGLE[0], _INDEXES[0])):
+        if not any((local / file).is_file() for file in (SINGLE_FILES[0], SAFETENSORS_INDEX)):
             local = Path(snapshot_download(name, allow_patterns=[*has_safetensors, "pytorch_model*.bin"]))
     except Exception as error:  # the client raises many kinds: no network, no such name, no access
         reason = f"{type(error).__name__}: {error}"
@@ -220,86 +276,8 @@ def _locate(folder_or_name: str | Path) -> Path:
     return local
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; a checkpoint folder holds config.json and weights") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); the checkpoint is damaged, copy it again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for single, index in zip(_SINGLE, _INDEXES, strict=True):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            weight_map = _read_json(folder / index).get("weight_map")
-            named = [str(file) for file in weight_map.values()] if isinstance(weight_map, dict) else []
-            if not named or any(Path(file).name != file for file in named):
-                raise ModelError(f"{folder / index}: weight_map is missing or names no files of this folder; copy the checkpoint again")
-            files = [folder / file for file in sorted(set(named))]
-            absent = [path.name for path in files if not path.is_file()]
-            if absent:
-                raise ModelError(f"{folder}: the index names files that are not there: {', '.join(absent)}; copy the checkpoint again")
-            return files
-    raise ModelError(f"{folder}: no weights; expected one of {', '.join((*_SINGLE, *_INDEXES))}")
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Errors of a reader become one ModelError that names the file."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # safetensors, zipfile and unpickler each have their own kinds; all mean the file is damaged
-        raise ModelError(f"{path}: truncated or damaged ({type(error).__name__}: {error}); copy it again") from None
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and reader of each tensor of a folder; nothing is read until the reader is called."""
-    from safetensors import safe_open
-
-    for path in _weight_files(folder):
-        if path.suffix == ".safetensors":
-            with _damage_named(path):
-                file = safe_open(path, framework="pt", device="cpu")
-                names = list(file.keys())
-            for name in names:
-                yield name, _reader(path, lambda file=file, name=name: file.get_tensor(name))  # type: ignore[misc]
-        else:
-            with _damage_named(path):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            for name, tensor in state.items():
-                yield name, lambda tensor=tensor: tensor  # type: ignore[misc]
-
-
-def _reader(path: Path, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def guarded() -> Tensor:
-        with _damage_named(path):
-            return read()
-
-    return guarded
-
-
 def _stored_dtype(folder: Path) -> torch.dtype:
-    return next(_tensors(folder))[1]().dtype
-
-
-def _is_table(name: str, family: Family) -> bool:
-    return name in (hf_name(family, "embed.weight"), hf_name(family, "head.weight"))
-
-
-def _fill(target: Tensor, tensor: Tensor, name: str, config: DecoderConfig, folder: Path) -> None:
-    rows = config.vocab_size if _is_table(name, get_family(config.family)) else target.shape[0]
-    expected = (rows, *target.shape[1:])
-    if tuple(tensor.shape) != expected:
-        raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json asks for {expected}; they are not of one model")
-    target[:rows].copy_(tensor)
+    return next(iter(stored_tensors(folder).values())).dtype
 
 
 def _refuse_names(where: str, missing: list[str], unexpected: list[str]) -> None:
@@ -309,45 +287,3 @@ def _refuse_names(where: str, missing: list[str], unexpected: list[str]) -> None
             problems.append(f"{kind} tensors: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
     if problems:
         raise ModelError(f"{where}: {'; '.join(problems)}; configuration and weights are not of one model, or the file is incomplete")
-
-
-def _save_weights(
-    state: dict[str, Tensor], folder: Path, config: DecoderConfig, family: Family, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    from safetensors.torch import save_file
-
-    with torch.device("meta"):
-        expected = {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
-    unknown = sorted(state.keys() - expected.keys() - ({"head.weight"} if config.tie_embeddings else set()))
-    absent = sorted(expected.keys() - state.keys())
-    _refuse_names("export", absent, unknown)
-    shards: list[list[str]] = [[]]
-    size, total = 0, 0
-    item = torch.empty((), dtype=dtype).element_size()
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise ModelError(f"export: {name} has shape {tuple(state[name].shape)}, the configuration asks for {shape}")
-        rows = config.vocab_size if name in ("embed.weight", "head.weight") else shape[0]
-        nbytes = item * rows * (state[name].numel() // shape[0])
-        if size and size + nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + nbytes, total + nbytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            tensor = state[name].detach()
-            if name in ("embed.weight", "head.weight"):
-                tensor = tensor[: config.vocab_size]
-            tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
-            if not bool(torch.isfinite(tensor).all()):
-                raise ModelError(f"export: {name} has values that are not finite: training has diverged; go back to an earlier checkpoint")
-            tensors[hf_name(family, name)] = tensor
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

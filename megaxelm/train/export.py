@@ -1,59 +1,120 @@
-"""Hugging Face exports of what was trained."""
+"""Hugging Face exports of what was trained, made from a checkpoint on disk by one process.
+
+A checkpoint of any ZeRO stage and number of ranks is read tensor by tensor, so neither a GPU nor the old ranks nor room for the model
+is needed.
+"""
 
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
-
-import torch
+from pathlib import Path
 
 from megaxelm.corpus.prepare import read_documents
 from megaxelm.corpus.tokenizer import Tokenizer
-from megaxelm.errors import StageError
-from megaxelm.model.decoder import Decoder
-from megaxelm.model.export import write_export
+from megaxelm.errors import CheckpointError, StageError
+from megaxelm.files import hash_file, read_json
+from megaxelm.model.config import read_config
+from megaxelm.model.decoder import parameter_shapes
+from megaxelm.model.export import export_to, write_export
+from megaxelm.model.source import WeightSource
 from megaxelm.run import RunFolder
-from megaxelm.train.engine import build_model
+from megaxelm.train.engine import MODEL_CONFIG, starting_weights
 from megaxelm.train.setting import Setting, barrier
+from megaxelm.train.zero_state import CheckpointState
+
+_CHECKPOINTS = "checkpoints"
 
 
 def export_seed(setting: Setting) -> None:
     """A loaded seed is trained no further: its export is the same model with the run's tokenizer. Rank 0 does it."""
-    if not setting.is_first:
-        return
-    tokenizer = Tokenizer.load(setting.run.folder("tokenizer"))
-    model = build_model(setting, tokenizer)
-    _export(setting, model, dict(model.named_parameters()), tokenizer)
-
-
-def export_trained(setting: Setting, engine: Any, tokenizer: Tokenizer) -> None:
-    """Write the export of a model whose last checkpoint is complete. Collective."""
-    parameters = _gather_fp32(engine.module, setting.is_first)
     if setting.is_first:
-        _export(setting, engine.module, parameters, tokenizer)
+        tokenizer = Tokenizer.load(setting.run.folder("tokenizer"))
+        _write(setting, starting_weights(setting, tokenizer), tokenizer)
+
+
+def export_trained(setting: Setting, tokenizer: Tokenizer) -> None:
+    """Write the export of a model whose last checkpoint is complete. Collective; rank 0 does it."""
+    if setting.is_first:
+        _write(setting, open_checkpoint(_newest(setting.folder / _CHECKPOINTS)), tokenizer)
     barrier(setting.processes)
 
 
-def _gather_fp32(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """The optimiser's fp32 weights by name, one tensor at a time, on the CPU of the rank that keeps them. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    gathered: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        full = parameter.detach() if full is None else full
-        if keep:
-            gathered[name] = full.detach().to("cpu", torch.float32, copy=True)
-    return gathered
-
-
-def _export(setting: Setting, model: Decoder, parameters: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
-    reference = Decoder(model.config)
-    reference.set_dropout(0.0, 0.0)
-    missing, unexpected = reference.load_state_dict(parameters, strict=False)
-    assert set(missing) <= {"head.weight"} and not unexpected, (missing, unexpected)  # a tied head is the embedding
+def _write(setting: Setting, source: WeightSource, tokenizer: Tokenizer) -> None:
     texts = sample_texts(setting.run, tokenizer)
-    write_export(reference, setting.folder / "export", setting.recipe.export.dtype, setting.run.folder("tokenizer"), texts)
+    write_export(source, setting.folder / "export", setting.recipe.export.dtype, setting.run.folder("tokenizer"), texts)
+
+
+def is_checkpoint_path(path: Path) -> bool:
+    """Whether a user means a checkpoint: `.../checkpoints/<step>`, or `.../checkpoints` for the newest one."""
+    path = path.absolute()
+    return _CHECKPOINTS in (path.name, path.parent.name)
+
+
+def export_checkpoint_folder(path: Path, output: Path, dtype: str) -> Path:
+    """Write a checkpoint of a run as a Hugging Face folder with the run's tokenizer, and compare logits.
+
+    Args:
+        path: `runs/<run>/experts/<name>/checkpoints/<step>`, or the folder of the checkpoints for the newest one.
+
+    Returns:
+        The folder of the checkpoint that was taken.
+
+    Raises:
+        CheckpointError: no such checkpoint, an unfinished or damaged one.
+        ModelError: `output` exists, or the written logits differ.
+    """
+    path = path.absolute()
+    tag = _newest(path) if path.name == _CHECKPOINTS else path
+    _check_complete(tag)
+    run = RunFolder(tag.parents[3])
+    tokenizer_folder = run.folder("tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    export_to(open_checkpoint(tag), output, dtype, tokenizer_folder, sample_texts(run, tokenizer))
+    return tag
+
+
+def open_checkpoint(tag: Path) -> WeightSource:
+    """The fp32 weights of a checkpoint folder of a run, with the configuration that its training left beside the checkpoints.
+
+    Raises:
+        CheckpointError: not readable, or not of that configuration.
+        ModelError: no configuration beside the checkpoints.
+    """
+    state = CheckpointState.open(tag)
+    config = read_config(tag.parents[1] / MODEL_CONFIG)
+    shapes = parameter_shapes(config)
+    found = {name: state.shape(name) for name in state.names}
+    if found != shapes:
+        other = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+        raise CheckpointError(
+            f"{tag}: {other[0]} has shape {found.get(other[0])}, {MODEL_CONFIG} asks for {shapes.get(other[0])}; checkpoint and "
+            "configuration are not of one training"
+        )
+    return WeightSource(config, state.weight)
+
+
+def _newest(checkpoints: Path) -> Path:
+    try:
+        return checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoints}: no complete checkpoint there (no `latest`); train up to one first") from None
+
+
+def _check_complete(tag: Path) -> None:
+    """Whether the checkpoint's marker is there and its files are those that were written."""
+    if not tag.is_dir():
+        steps = sorted((folder.name for folder in tag.parent.glob("[0-9]*")), key=lambda name: (len(name), name))
+        raise CheckpointError(f"{tag}: no such checkpoint; there are: {', '.join(steps) or 'none'}")
+    if not (tag / "complete.json").exists():
+        raise CheckpointError(f"{tag}: unfinished (no complete.json), its saving was interrupted; take an earlier checkpoint")
+    try:
+        files = read_json(tag / "complete.json", files=dict)["files"]
+    except StageError:
+        raise CheckpointError(f"{tag}/complete.json: damaged; take an earlier checkpoint") from None
+    for name, written in files.items():
+        path = tag / name
+        if not path.exists() or path.stat().st_size != written["bytes"] or hash_file(path) != written["xxh3"]:
+            raise CheckpointError(f"{path}: missing, or damaged since it was written; take an earlier checkpoint")
 
 
 def sample_texts(run: RunFolder, tokenizer: Tokenizer, texts: int = 4, tokens: int = 64) -> list[list[int]]:

@@ -15,7 +15,7 @@ from megaxelm.errors import TrainError
 from megaxelm.files import write_json
 from megaxelm.model.decoder import Decoder
 from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
-from megaxelm.train.engine import build_model, start_engine
+from megaxelm.train.engine import build_model, fill_engine, start_engine, starting_weights
 from megaxelm.train.export import export_trained
 from megaxelm.train.members import Member, check_language_weights
 from megaxelm.train.metrics import Metrics
@@ -38,7 +38,8 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     check_language_weights(recipe, {language for languages in load_index_manifest(index)["clusters"].values() for language in languages})
     sample_seed = member.sample_seed(config.seed)
     blend = Blend(streams, member.sequence_length, member.language_alpha, sample_seed, config.language_weights)
-    model = build_model(setting, tokenizer)
+    source = starting_weights(setting, tokenizer)
+    model = build_model(setting, source.config)
     try:
         # The packed kernel of torch has no fp32 form.
         wanted = "sdpa" if config.attention == "auto" and config.precision == "fp32" else config.attention
@@ -51,6 +52,8 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     engine = start_engine(setting, model)
     checkpoints = _checkpoints(setting)
     start = checkpoints.resume(engine)
+    if start.step == 0:
+        fill_engine(engine, source.weight, None, 0)
     if setting.is_first:
         _record_choices(setting, model, backend, start)
     metrics = Metrics(setting.folder, start.step) if setting.is_first else None
@@ -58,7 +61,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     steps = Steps(setting, engine, blend, options)
     _loop(setting, steps, checkpoints, metrics, bar)
     checkpoints.finish()
-    export_trained(setting, engine, tokenizer)
+    export_trained(setting, tokenizer)
     if metrics is not None:
         metrics.close()
 

@@ -18,7 +18,7 @@ from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import load_pretrained, save_pretrained
 from megaxelm.recipe import load_recipe
 from megaxelm.run import MARKER, RunFolder
-from megaxelm.train.engine import build_model
+from megaxelm.train.engine import build_model, starting_weights
 from megaxelm.train.environment import Processes
 from megaxelm.train.members import plan_members
 from megaxelm.train.setting import Setting
@@ -37,16 +37,28 @@ def random_seed_model(run: Path, folder: Path) -> Decoder:
 def setting_of(run: Path, name: str, *overrides: str) -> Setting:
     recipe = load_recipe(run / "recipe.yaml", overrides)
     member = plan_members(recipe, ["bg-en", "de-ru"])[name]
-    return Setting(RunFolder(run), recipe, member, {}, Processes(0, 1, 0, "a test"), torch.device("cpu"))
+    return Setting(RunFolder(run), recipe, member, {"zero_optimization": {"stage": 0}}, Processes(0, 1, 0, "a test"), torch.device("cpu"))
 
 
 def test_an_expert_starts_from_its_parent_in_training_mode(indexed_run: Path) -> None:
     parent = random_seed_model(indexed_run, indexed_run / "experts" / "seed" / "export")
     setting = setting_of(indexed_run, "de-ru", "model.dropout=0.25")
-    model = build_model(setting, Tokenizer.load(indexed_run / "tokenizer"))
+    source = starting_weights(setting, Tokenizer.load(indexed_run / "tokenizer"))
+    model = build_model(setting, source.config)
     assert model.training and model.config.residual_dropout == 0.25
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, parent.get_parameter(name), rtol=0, atol=0)
+    for name, _ in model.named_parameters():
+        torch.testing.assert_close(source.weight(name), parent.get_parameter(name).detach(), rtol=0, atol=0)
+
+
+def test_a_seed_from_scratch_has_the_weights_of_its_seed(indexed_run: Path) -> None:
+    source = starting_weights(setting_of(indexed_run, "seed", "train.seed=5"), Tokenizer.load(indexed_run / "tokenizer"))
+    expected = Decoder(source.config)
+    expected.initialise(5)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(source.weight(name), parameter.detach(), rtol=0, atol=0)
+    # The first numbers of the generator are the first row of the first matrix.
+    first = torch.empty(32).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(expected.embed.weight[0].detach(), first, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -83,7 +95,7 @@ def test_a_seed_with_another_tokenizer_is_refused(indexed_run: Path, tmp_path: P
     other.write_text(json.dumps(content))
     setting = setting_of(indexed_run, "seed", f"seed.load={tmp_path / 'seed'}")
     with pytest.raises(ModelError, match="its tokenizer has other pieces than the run's: set tokenizer.load"):
-        build_model(setting, Tokenizer.load(indexed_run / "tokenizer"))
+        starting_weights(setting, Tokenizer.load(indexed_run / "tokenizer"))
 
 
 @pytest.mark.slow
