@@ -19,6 +19,7 @@ from megaxelm.train.checkpoint_folder import (
     complete_checkpoint,
     find_checkpoint,
     making,
+    point_latest,
     start_checkpoint,
 )
 from megaxelm.train.environment import Processes
@@ -121,10 +122,12 @@ class Checkpoints:
         saved, notes = find_checkpoint(self.folder)
         for note in notes:
             print(note, flush=True)
+        if saved is not None:  # a kill may have come between the folder's name and `latest`
+            point_latest(self.folder, saved.progress.step)
         return saved
 
     def _carry_over(self, saved: Saved, engine: Any) -> None:
-        from megaxelm.train.engine import fill_engine
+        from megaxelm.train.fill import fill_engine
         from megaxelm.train.zero_state import CheckpointState
 
         state = CheckpointState.open(saved.folder)

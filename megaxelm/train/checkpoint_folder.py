@@ -128,7 +128,7 @@ def complete_checkpoint(folder: Path, progress: Progress, layout: Layout, files:
     remove(target)  # an unfinished one of the same name: a complete one is never saved again
     os.rename(aside, target)
     _fsync_folder(folder)
-    _point_latest(folder, progress.step)
+    point_latest(folder, progress.step)
     _remove_old(folder, keep, keep_every)
 
 
@@ -143,6 +143,17 @@ def find_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
     notes = [f"{path}: an unfinished checkpoint, ignored" for path in _unfinished(folder)]
     steps = complete_steps(folder)
     return (_verified(folder / str(steps[-1])) if steps else None), notes
+
+
+def point_latest(folder: Path, step: int) -> None:
+    """Let `latest` name the checkpoint of `step`: for DeepSpeed's tools and the export."""
+    aside = folder / ".latest.new"
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(str(step))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, folder / "latest")
+    _fsync_folder(folder)
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -186,16 +197,6 @@ def _unfinished(folder: Path) -> list[Path]:
     """What kills left behind: hidden folders, and numbered ones without a marker."""
     tags = [path for path in folder.iterdir() if path.is_dir()]
     return sorted(path for path in tags if path.name.startswith(".") or (path.name.isdigit() and not (path / COMPLETE).exists()))
-
-
-def _point_latest(folder: Path, step: int) -> None:
-    aside = folder / ".latest.new"
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(str(step))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / "latest")
-    _fsync_folder(folder)
 
 
 def _remove_old(folder: Path, keep: int, keep_every: int | None) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from lives import Death, Life, Lives, faults
-from tiny_run import REPOSITORY
 
 from megaxelm.run import MARKER
+from megaxelm.train.checkpoint import Layout
 from megaxelm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,8 @@ MOMENTS = {
     "within a file of a save": (3, "bf16", Death([SECOND_SAVE, (f"{FOLDER}:_Hashed.write", 5)], rank=1), 3),
     "between files and marker": (0, "bf16", Death([SECOND_SAVE, (f"{FOLDER}:write_json", 1)]), 3),
     "between marker and rename": (1, "fp32", Death([SECOND_SAVE, (f"{FOLDER}:os.rename", 1)]), 3),
-    "between rename and `latest`": (2, "bf16", Death([SECOND_SAVE, (f"{FOLDER}:_point_latest", 1)]), 6),
+    "between rename and `latest`": (2, "bf16", Death([SECOND_SAVE, (f"{FOLDER}:point_latest", 1)]), 6),
+    "before `latest` of the last save": (0, "bf16", Death([(f"{FOLDER}:point_latest", 3)]), 8),
     "while the old one is removed": (3, "fp32", Death([(f"{FOLDER}:_remove_old", 2), (f"{FOLDER}:remove", 1)]), 6),
     "right after a save": (1, "fp32", Death([SECOND_SAVE], "after", rank=1), 6),
     "before the export": (3, "bf16", Death([("megaxelm.train.loop:export_trained", 1)]), 8),
@@ -91,3 +92,34 @@ def test_a_killed_run_goes_on_bit_for_bit(
         assert choices["resumed_from_step"] == resumed
     assert faults([first, second], whole_life, STEPS * BATCH) == []
     assert outcome(indexed_run) == outcome(whole_run)
+
+
+# Ranks and ZeRO stage before and after, and the precision.
+CARRIED = [
+    ((2, 3), (1, 1), "fp32"),
+    ((2, 1), (1, 3), "fp32"),
+    ((2, 2), (1, 0), "fp32"),
+    ((2, 0), (1, 2), "fp32"),
+    ((1, 3), (2, 2), "fp32"),
+    ((2, 1), (2, 3), "fp32"),
+    ((2, 3), (1, 0), "bf16"),
+    ((2, 0), (2, 1), "bf16"),
+]
+
+
+@pytest.mark.parametrize("before, after, precision", CARRIED)
+def test_other_ranks_and_zero_stages_go_on_with_the_same_samples_and_loss(
+    lives: Lives,
+    whole: Callable[..., tuple[Life, Path]],
+    indexed_run: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    precision: str,
+) -> None:
+    whole_life, whole_run = whole(before[1], precision)
+    death = Death([SECOND_SAVE], "after")
+    first = train(lives, indexed_run, before[1], precision, "train.checkpoint_every=2", ranks=before[0], death=death)
+    second = train(lives, indexed_run, after[1], precision, "train.checkpoint_every=2", ranks=after[0])
+    assert f"resumed from step 4, saved by {Layout(*before, precision)}; now {Layout(*after, precision)}" in second.output
+    assert faults([first, second], whole_life, STEPS * BATCH) == []
+    assert outcome(indexed_run)[0] == pytest.approx(outcome(whole_run)[0], rel=1e-5 if precision == "fp32" else 1e-2)
