@@ -140,6 +140,10 @@ def compare(result: Result, lived: list[Life], run: Path, whole: Life, whole_run
     result.wrong_weights += weights[0] != weights[1]
 
 
+def _row(*cells: object) -> str:
+    return " ".join(f"{cell:>9}" for cell in cells)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
@@ -154,18 +158,13 @@ def main() -> int:
         base = Path(name)
         recipe = parse_recipe(tiny_recipe(write_corpus(base / "corpus")))
         Stages(RunFolder(base / "runs" / "tiny"), recipe, say=lambda text: None).run(until="index")
-        print(
-            f"{'ZeRO':>4} {'kills':>6} {'start-up':>9} {'in a save':>10} {'runs':>5} {'samples':>8} {'losses':>7} {'weights':>8} {'seconds':>8}"
-        )
+        print(_row("ZeRO", "kills", "start-up", "in a save", "runs", "samples", "losses", "weights", "seconds"))
         with Lives(base) as lives:
             for stage in options.stages:
                 one = measure(Bench(lives, base, stage, options), options.kills, random.Random(options.seed * 4 + stage))
                 results.append(one)
-                print(
-                    f"{stage:>4} {one.kills:>6} {one.in_start_up:>9} {one.in_a_save:>10} {one.runs:>5} {one.wrong_samples:>8} "
-                    f"{one.wrong_losses:>7} {one.wrong_weights:>8} {one.seconds:>8}",
-                    flush=True,
-                )
+                wrong = (one.wrong_samples, one.wrong_losses, one.wrong_weights)
+                print(_row(stage, one.kills, one.in_start_up, one.in_a_save, one.runs, *wrong, one.seconds), flush=True)
                 for fault in one.faults:
                     print(f"     {fault}", flush=True)
     line: dict[str, Any] = {

@@ -35,8 +35,8 @@ class Death:
 
 @dataclass(frozen=True)
 class Life:
-    """How one start of the training ended. `codes` by rank, -9 where it was killed; `reads` (sample number, hash of its tokens) of all ranks
-    in no certain order; `output` what it printed."""
+    """How one start of the training ended. `codes` by rank, -9 where it was killed; `reads` (sample number, hash of its tokens) of all
+    ranks in no certain order; `output` what it printed."""
 
     codes: list[int]
     reads: list[tuple[int, str]]
@@ -74,7 +74,7 @@ class Lives:
         self.host.stdout.close()
 
     def live(self, *arguments: str, ranks: int = 2, death: Death | None = None, seconds: float = 120.0) -> Life:
-        """Train with `arguments` of `megaxelm.train` on `ranks` until the end, until `death`, or for `seconds` from the start of the ranks."""
+        """Train with `arguments` of `megaxelm.train` until the end, until `death`, or for `seconds` from the start of the ranks."""
         assert self.host.stdin is not None and self.host.stdout is not None
         self.number += 1
         record = self.folder / f"life-{self.number}"
@@ -91,7 +91,7 @@ class Lives:
 
 
 def faults(lives: Sequence[Life], whole: Life, samples: int) -> list[str]:
-    """What distinguishes the samples of `lives`, which end one run of `samples`, from those of one that was never stopped; empty if nothing."""
+    """How the samples of `lives`, which make one run of `samples`, differ from those of a run never stopped; empty if they do not."""
     found = []
     wanted = dict(whole.reads)
     if sorted(wanted) != list(range(samples)):

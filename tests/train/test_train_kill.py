@@ -1,6 +1,7 @@
 """A training that is killed at any moment and started again is, bit for bit, the training that was never stopped."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,8 +63,6 @@ def outcome(run: Path) -> tuple[list[float], str]:
 @pytest.fixture(scope="module")
 def whole(lives: Lives, _indexed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Life, Path]]:
     """The run of a ZeRO stage and precision that was never stopped, trained once."""
-    import shutil
-
     done: dict[tuple[int, str], tuple[Life, Path]] = {}
 
     def of(stage: int, precision: str) -> tuple[Life, Path]:
