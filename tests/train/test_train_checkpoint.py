@@ -29,17 +29,18 @@ class Engine:
     """As much of DeepSpeed's engine as checkpoints meet: a state of one number."""
 
     def __init__(self, value: float = 0.0) -> None:
-        self.value = value
+        self.weights = torch.full((1000,), value)
         self.checkpoint_engine: Any = None
+        self.saves = 0
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, int], save_latest: bool) -> None:
         assert not save_latest
-        state = client_state | {"value": torch.full((1000,), self.value)}
-        self.checkpoint_engine.save(state_dict=state, path=f"{folder}/{tag}/weights.pt")
+        self.saves += 1
+        self.checkpoint_engine.save(state_dict=client_state | {"weights": self.weights}, path=f"{folder}/{tag}/weights.pt")
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, int]]:
         state = torch.load(f"{folder}/{tag}/weights.pt")
-        self.value = float(state["value"][0])
+        self.weights = state["weights"]
         return tag, state
 
 
@@ -133,27 +134,26 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path, asynchronous: bool, capsy
     checkpoints, engine = checkpoints_of(tmp_path, asynchronous), Engine(1.0)
     assert checkpoints.resume(engine) == Progress(0, 0)
     for step in (2, 4):
-        engine.value = float(step)
+        engine.weights.fill_(step)
         checkpoints.save(engine, Progress(step, step * 8))
-        engine.value = -1.0  # training goes on
+        engine.weights.fill_(-1)  # training goes on
     checkpoints.finish()
     assert (tmp_path / "latest").read_text() == "4"
     later = Engine()
     assert checkpoints_of(tmp_path).resume(later) == Progress(4, 32)
-    assert later.value == 4.0
+    assert later.weights.tolist() == [4.0] * 1000
     assert capsys.readouterr().out.count("GiB more in memory") == asynchronous
     assert engine.checkpoint_engine is None, "DeepSpeed's own engine is put back"
 
 
 def test_a_step_that_is_saved_already_is_not_saved_again(tmp_path: Path) -> None:
-    checkpoints = checkpoints_of(tmp_path)
-    checkpoints.save(Engine(1.0), Progress(2, 16))
-    before = (tmp_path / "2").stat().st_ino
-    checkpoints.save(Engine(1.0), Progress(2, 16))
+    checkpoints, engine = checkpoints_of(tmp_path), Engine(1.0)
+    for _ in range(2):
+        checkpoints.save(engine, Progress(2, 16))
     resumed = checkpoints_of(tmp_path)
-    resumed.resume(Engine())
-    resumed.save(Engine(1.0), Progress(2, 16))
-    assert (tmp_path / "2").stat().st_ino == before
+    resumed.resume(engine)
+    resumed.save(engine, Progress(2, 16))
+    assert engine.saves == 1
 
 
 def test_resuming_sets_latest_right(tmp_path: Path) -> None:
@@ -182,6 +182,21 @@ def test_asynchronous_saving_does_not_hold_training_up_and_writes_one_at_a_time(
     second.join(timeout=60)
     checkpoints.finish()
     assert complete_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_only_asynchronous_saving_writes_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+    threads: list[str] = []
+
+    def watched(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return write_file(path, fill)
+
+    monkeypatch.setattr("megaxelm.train.checkpoint_writer.write_file", watched)
+    checkpoints = checkpoints_of(tmp_path, asynchronous)
+    checkpoints.save(Engine(1.0), Progress(2, 16))
+    checkpoints.finish()
+    assert threads == ["checkpoint" if asynchronous else "MainThread"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
