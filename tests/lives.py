@@ -7,6 +7,7 @@ Product code knows nothing of this: what is recorded, and where a life ends, is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -26,7 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True)
 class Death:
     """Where a life ends by SIGKILL of all its ranks. `path` holds calls to be met one after the other, `module:attribute` and which call
-    of it, counted from where the one before was met; the last of them is where `rank` kills, before or after the call."""
+    of it, counted from where the one before was met; the last of them is where `rank` kills, before or after the call. With `disk full` it
+    lives on, and that call raises what a full disk does."""
 
     path: Sequence[tuple[str, int]]
     when: str = "before"
@@ -221,6 +223,8 @@ def _plant(path: list[tuple[str, int]], when: str) -> None:
         met = count == wanted
         if met and rest:
             _plant(rest, when)
+        elif met and when == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif met and when == "before":
             os.killpg(0, signal.SIGKILL)
         result = function(*args, **kwargs)

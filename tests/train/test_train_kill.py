@@ -95,6 +95,20 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert outcome(indexed_run) == outcome(whole_run)
 
 
+def test_all_ranks_end_together_when_one_cannot_write_and_when_the_newest_checkpoint_is_damaged(lives: Lives, indexed_run: Path) -> None:
+    checkpoints = indexed_run / "experts" / "seed" / "checkpoints"
+    full = train(lives, indexed_run, 2, "fp32", death=Death([SECOND_SAVE, (f"{FOLDER}:os.fsync", 1)], "disk full", rank=1))
+    assert full.codes == [2, 2], full.output
+    assert "the checkpoint of step 6 could not be written (rank 1: " in full.output and "No space left on device" in full.output
+    assert (checkpoints / "latest").read_text() == "3" and not (checkpoints / "6").exists()
+
+    damaged = next((checkpoints / "3").glob("*rank_1*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    refused = train(lives, indexed_run, 2, "fp32", death=Death([(BACKWARD, 1)]))
+    assert refused.codes == [2, 2], refused.output
+    assert f"{damaged}: damaged since it was written; remove the folder" in refused.output and "Traceback" not in refused.output
+
+
 # Ranks and ZeRO stage before and after, and the precision.
 CARRIED = [
     ((2, 3), (1, 1), "fp32"),
