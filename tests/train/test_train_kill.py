@@ -138,3 +138,22 @@ def test_other_ranks_and_zero_stages_go_on_with_the_same_samples_and_loss(
     assert f"resumed from step 4, saved by {Layout(*before, precision)}; now {Layout(*after, precision)}" in second.output
     assert faults([first, second], whole_life, STEPS * BATCH) == []
     assert outcome(indexed_run)[0] == pytest.approx(outcome(whole_run)[0], rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    "first, second, fault",
+    [
+        ("abc", (2, "cdef"), ""),
+        ("abc", (4, "ef"), "lost"),
+        ("abc", (2, "cde"), "lost"),
+        ("abc", (2, "cxef"), "something else as sample 3"),
+        ("abb", (2, "cdef"), "something else as sample 2"),
+    ],
+)
+def test_lost_and_changed_samples_are_seen(first: str, second: tuple[int, str], fault: str) -> None:
+    def life(start: int, tokens: str) -> Life:
+        return Life([0], list(enumerate(tokens, start)), "")
+
+    found = faults([life(0, first), life(*second)], life(0, "abcdef"), 6)
+    assert (fault in "; ".join(found)) if fault else not found
+    assert "life 0 read a sample twice" in faults([Life([0], [*enumerate("abcdef"), (3, "d")], "")], life(0, "abcdef"), 6)
