@@ -1,41 +1,32 @@
-"""Checkpoints of a training run: DeepSpeed's folders, made trustworthy.
-
-`checkpoints/<step>/` is what DeepSpeed saves. `complete.json` in it, written last, lists every file with size and hash.
-`checkpoints/latest` names the newest complete one and is replaced atomically. An unfinished folder is ignored and reported, a damaged
-one is an error.
-"""
+"""Checkpoints of a training run: DeepSpeed's files, made trustworthy (see checkpoint_folder.py), resumed on whatever ranks there are."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megaxelm.errors import CheckpointError, StageError
-from megaxelm.files import hash_file, read_json, write_json
+import torch.distributed as dist
+
+from megaxelm.errors import CheckpointError
+from megaxelm.train.checkpoint_folder import (
+    Files,
+    Layout,
+    Progress,
+    Saved,
+    complete_checkpoint,
+    find_checkpoint,
+    making,
+    point_latest,
+    start_checkpoint,
+)
 from megaxelm.train.environment import Processes
 
-_COMPLETE = "complete.json"
+__all__ = ["Checkpoints", "Layout", "Progress"]
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a training run is: optimiser steps done and samples consumed."""
-
-    step: int
-    samples: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How DeepSpeed divides the state among files."""
-
-    ranks: int
-    zero_stage: int
-    precision: str
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -46,7 +37,7 @@ class Checkpoints:
         layout: of this training.
         keep: newest checkpoints that stay.
         keep_every: checkpoints at multiples of so many steps stay for good.
-        asynchronous: write while training goes on.
+        asynchronous: write while training goes on, from a copy of the state in memory; at most one at a time.
     """
 
     def __init__(
@@ -58,102 +49,139 @@ class Checkpoints:
         self.keep = keep
         self.keep_every = keep_every
         self.asynchronous = asynchronous
+        self._saved_step = 0
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._group: Any = None  # of all ranks; the thread's own, so that its messages never meet those of the training
+        self._told_memory = False
 
     def resume(self, engine: Any) -> Progress:
         """Load the newest complete checkpoint into `engine`; what is unfinished is told and ignored.
 
+        With the layout it was saved in, training goes on bit for bit. Saved by another number of ranks, ZeRO stage or precision, the fp32
+        weights, both moments of Adam and its step are carried over exactly; sums over ranks then round in another order, so later losses
+        agree with those of an uninterrupted run to about 1e-5 in fp32 and 1e-2 in bf16 (relative), and fp16 begins with a new scale of
+        the loss.
+
         Raises:
-            CheckpointError: it is damaged, or of another layout.
+            CheckpointError: it is damaged.
         """
-        progress, notes = find_checkpoint(self.folder, asdict(self.layout))
-        if self.processes.rank == 0:
-            for note in notes:
-                print(note, flush=True)
-        if progress is None:
+        saved = self._on_first_rank(self._find)
+        if saved is None:
             return Progress(0, 0)
-        loaded, state = engine.load_checkpoint(str(self.folder), tag=str(progress.step))
-        assert loaded is not None and state["step"] == progress.step, "a verified checkpoint loads"
-        return progress
+        if saved.layout == self.layout:
+            loaded, state = engine.load_checkpoint(str(self.folder), tag=saved.folder.name)
+            assert loaded is not None and state["step"] == saved.progress.step, "a verified checkpoint loads"
+        else:
+            self._carry_over(saved, engine)
+        self._saved_step = saved.progress.step
+        return saved.progress
 
     def save(self, engine: Any, progress: Progress) -> float:
-        """Save the state after `progress`; returns the seconds for which training waited."""
+        """Save the state after `progress`; returns the seconds for which training waited. A step that is saved already is not saved again.
+
+        Raises:
+            CheckpointError: a rank could not write, now or in the asynchronous saving before.
+        """
+        from megaxelm.train.checkpoint_writer import Writer
+
         began = time.monotonic()
-        tag = self.folder / str(progress.step)
-        first = self.processes.rank == 0
-        if first and tag.exists():
-            shutil.rmtree(tag)
-        self._barrier()
+        self.finish()
+        if progress.step == self._saved_step:
+            return time.monotonic() - began
+        self._on_first_rank(lambda: start_checkpoint(self.folder, progress.step))
+        writer = Writer(in_memory=self.asynchronous)
         state = {"step": progress.step, "samples": progress.samples}
-        engine.save_checkpoint(str(self.folder), tag=str(progress.step), client_state=state, save_latest=False)
-        self._barrier()
-        if first:
-            complete_checkpoint(self.folder, progress, asdict(self.layout), self.keep)
+        before, engine.checkpoint_engine = engine.checkpoint_engine, writer
+        try:
+            engine.save_checkpoint(str(self.folder), tag=making(self.folder, progress.step).name, client_state=state, save_latest=False)
+        finally:
+            engine.checkpoint_engine = before
+        if self.asynchronous:
+            self._tell_memory(writer.copied_bytes)
+            self._start_thread(writer, progress)
+        else:
+            self._complete(writer, progress)
+        self._saved_step = progress.step
         return time.monotonic() - began
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is complete on disk."""
+        """Wait until the last checkpoint is complete on disk.
 
-    def _barrier(self) -> None:
+        Raises:
+            CheckpointError: a rank could not write it.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _find(self) -> Saved | None:
+        saved, notes = find_checkpoint(self.folder)
+        for note in notes:
+            print(note, flush=True)
+        if saved is not None:  # a kill may have come between the folder's name and `latest`
+            point_latest(self.folder, saved.progress.step)
+        return saved
+
+    def _carry_over(self, saved: Saved, engine: Any) -> None:
+        from megaxelm.train.fill import fill_engine
+        from megaxelm.train.zero_state import CheckpointState
+
+        state = CheckpointState.open(saved.folder)
+        fill_engine(engine, state.weight, state.moments, state.optimizer_step)
+        engine.global_steps, engine.global_samples = saved.progress.step, saved.progress.samples
+        if self.processes.rank == 0:
+            print(f"resumed from step {saved.progress.step}, saved by {saved.layout}; now {self.layout}", flush=True)
+
+    def _tell_memory(self, copied_bytes: int) -> None:
+        if self.processes.rank == 0 and not self._told_memory:
+            size = copied_bytes / 2**30
+            print(f"train.async_checkpoints: rank 0 holds {size:.3g} GiB more in memory while a checkpoint is written", flush=True)
+        self._told_memory = True
+
+    def _start_thread(self, writer: Any, progress: Progress) -> None:
+        if self._group is None and self.processes.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+
+        def write() -> None:
+            try:
+                self._complete(writer, progress)
+            except BaseException as error:  # raised again by `finish`, where training sees it
+                self._failure = error
+
+        # A daemon: when training fails, what is half written is not waited for, and the next start ignores it.
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _complete(self, writer: Any, progress: Progress) -> None:
+        """Write what is not yet on disk; when all ranks have, rank 0 makes the checkpoint count."""
+        writer.flush()
+        parts: list[tuple[Files, str | None]] = [(writer.files, writer.error)]
         if self.processes.world_size > 1:
-            import torch.distributed as dist
+            parts *= self.processes.world_size
+            dist.all_gather_object(parts, (writer.files, writer.error), group=self._group)
+        failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
+        if failed:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {progress.step} could not be written ({'; '.join(failed)}): free some space and "
+                "start the same command again; earlier checkpoints stay"
+            )
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        self._on_first_rank(lambda: complete_checkpoint(self.folder, progress, self.layout, files, self.keep, self.keep_every))
 
-            dist.barrier()
-
-
-def complete_checkpoint(folder: Path, progress: Progress, layout: dict[str, Any], keep: int) -> None:
-    """Mark the checkpoint of `progress` complete after all ranks have written their files, and drop older ones beyond `keep`."""
-    tag = folder / str(progress.step)
-    files = {
-        str(path.relative_to(tag)): {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
-        for path in sorted(tag.rglob("*"))
-        if path.is_file() and path.name != _COMPLETE
-    }
-    write_json(tag / _COMPLETE, {"step": progress.step, "samples": progress.samples, "layout": layout, "files": files})
-    aside = folder / ".latest.new"
-    aside.write_text(str(progress.step), encoding="utf-8")
-    os.replace(aside, folder / "latest")
-    for step in _steps(folder)[:-keep]:
-        shutil.rmtree(folder / str(step))
-
-
-def find_checkpoint(folder: Path, layout: dict[str, Any]) -> tuple[Progress | None, list[str]]:
-    """The newest complete checkpoint, verified, and a note for every unfinished one that is ignored.
-
-    Raises:
-        CheckpointError: its files are not those that were written, or another number of ranks, ZeRO stage or precision wrote them.
-    """
-    notes: list[str] = []
-    if not folder.exists():
-        return None, notes
-    for tag in folder.iterdir():
-        if tag.is_dir() and not (tag / _COMPLETE).exists():
-            notes.append(f"checkpoint {tag.name} is unfinished and ignored")
-    steps = _steps(folder)
-    if not steps:
-        return None, notes
-    tag = folder / str(steps[-1])
-    note = _verified(tag)
-    if note["layout"] != layout:
-        saved, now = (", ".join(f"{key} {value}" for key, value in item.items()) for item in (note["layout"], layout))
-        raise CheckpointError(
-            f"{tag}: saved with {saved}, and this training has {now}: resume as it was saved, or remove the folder `checkpoints` "
-            "to train from the start"
-        )
-    return Progress(note["step"], note["samples"]), notes
-
-
-def _verified(tag: Path) -> dict[str, Any]:
-    try:
-        note = read_json(tag / _COMPLETE, step=int, samples=int, layout=dict, files=dict)
-    except StageError:
-        raise CheckpointError(f"{tag / _COMPLETE}: damaged; remove the folder {tag} to resume from an earlier checkpoint") from None
-    for name, wanted in note["files"].items():
-        path = tag / name
-        if not path.exists() or path.stat().st_size != wanted["bytes"] or hash_file(path) != wanted["xxh3"]:
-            raise CheckpointError(f"{path}: damaged since it was written; remove the folder {tag} to resume from an earlier checkpoint")
-    return note
-
-
-def _steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    return sorted(int(tag.name) for tag in folder.iterdir() if tag.name.isdigit() and (tag / _COMPLETE).exists())
+    def _on_first_rank(self, action: Callable[[], T]) -> T:
+        """What `action` gives on rank 0, which alone looks at the folder, on every rank; so are the errors a user can mend."""
+        answer: list[Any] = [None, None]
+        if self.processes.rank == 0:
+            try:
+                answer[0] = action()
+            except (CheckpointError, OSError) as error:
+                answer[1] = error
+        if self.processes.world_size > 1:
+            dist.broadcast_object_list(answer, src=0, group=self._group)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
