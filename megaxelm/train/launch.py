@@ -2,7 +2,8 @@
 
 A return code is not trusted: `deepspeed` may return 0 when a rank died. A model counts as trained when rank 0 has written its marker.
 On GPUs as many models train at once as there are slices of `train.num_devices` devices; on a CPU `train.concurrent_experts`.
-SIGINT, SIGTERM and SIGUSR1 ask the trainings, through the stop file of each, to save and end; a second signal ends them at once.
+SIGINT, SIGTERM and SIGUSR1 ask the trainings, through the stop file of each, to save and end; a second signal, or
+`train.grace_seconds`, ends those that have not.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ class LaunchOptions:
     """How `megaxelm train` starts the trainings. `hostfile`: nodes reached by ssh; then one model trains at a time, on all of them."""
 
     hostfile: Path | None = None
-    grace_seconds: float = 300.0
-    """How long a training that is asked to stop may take to save, before it is ended."""
 
 
 @dataclass
@@ -129,8 +128,8 @@ def train_members(run: RunFolder, recipe: Recipe, members: Sequence[Member], opt
                     running.append(_start(run, recipe, waiting.pop(0), slices, free.pop(0), options))
                 time.sleep(_POLL_SECONDS)
                 if signals.asked and deadline is None:
-                    deadline = time.monotonic() + options.grace_seconds
-                    _ask_to_stop(running, options.grace_seconds)
+                    deadline = time.monotonic() + recipe.train.grace_seconds
+                    _ask_to_stop(running, recipe.train.grace_seconds)
                 if deadline is not None and (signals.insisted or time.monotonic() > deadline):
                     for job in running:
                         job.end()

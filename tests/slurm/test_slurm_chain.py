@@ -129,3 +129,28 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
         assert steps == list(range(5, 251, 5)), "no step is lost, none is done twice"
     assert {line["state"] for line in status(run).values()} == {"done"}
     wait_for(nodes_are_idle, cluster.folder)
+
+
+def test_a_model_on_two_nodes_reads_a_staged_index_and_goes_on_after_a_signal(cluster: Slurm, indexed_run: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((indexed_run / "recipe.yaml").read_text())
+    tree["train"] |= {"steps": 200, "checkpoint_every": 50, "log_every": 5}
+    (indexed_run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--exclusive", f"--output={tmp_path}/seed.log"]
+    script = [str(REPOSITORY / "slurm" / "seed.sbatch"), str(indexed_run), "--stage", str(tmp_path / "local")]
+    env = os.environ | {"MEGAXELM_PYTHON": sys.executable}
+    job = subprocess.run([*sbatch, *script], capture_output=True, text=True, check=True, env=env).stdout.strip()
+
+    def message() -> str:
+        log = tmp_path / "seed.log"
+        return squeue() + (log.read_text(errors="replace")[-6000:] if log.exists() else "no log")
+
+    until(lambda: step_of(indexed_run, "seed") >= 20, 90, message)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    until(lambda: not squeue().strip(), 120, message)
+    log = (tmp_path / "seed.log").read_text()
+    assert RunFolder(indexed_run).marker("experts/seed") is not None, log
+    choices = read_json(indexed_run / "experts" / "seed" / "choices.json")
+    assert (choices["processes"], choices["started_by"]) == (2, "srun")
+    assert choices["resumed_from_step"] % 50 != 0, "it saved when it was told, and went on from there"
+    assert log.count("copied and checked") == 4 and "0 files, 0.0 MB copied" in log, "staged once, found again after the restart"
+    assert f"job {job}, start 2: `seed` on 2 x 1 tasks" in log

@@ -115,21 +115,21 @@ def test_a_signal_lets_the_trainings_save_and_starts_no_more(
 
 
 def test_a_training_that_does_not_save_in_time_is_ended(trainings: Callable[..., tuple[RunFolder, Recipe, list[Member]]]) -> None:
-    run, recipe, members = trainings("deaf", "a", concurrent_experts=2)
+    run, recipe, members = trainings("deaf", "a", concurrent_experts=2, grace_seconds=1.0)
     thread = signal_when([run.expert("deaf") / "began", run.expert("a") / "began"], signal.SIGTERM)
     began = time.monotonic()
     with pytest.raises(Interrupted):
-        train_members(run, recipe, members, LaunchOptions(grace_seconds=1.0))
+        train_members(run, recipe, members)
     thread.join()
     assert 1.0 < time.monotonic() - began < 10
     assert not (run.expert("deaf") / STOP).exists(), "or the next attempt would stop at once"
 
 
 def test_a_second_signal_ends_at_once(trainings: Callable[..., tuple[RunFolder, Recipe, list[Member]]]) -> None:
-    run, recipe, members = trainings("deaf")
+    run, recipe, members = trainings("deaf", grace_seconds=60.0)
     thread = signal_when([run.expert("deaf") / "began"], signal.SIGINT, signal.SIGINT)
     with pytest.raises(Interrupted):
-        train_members(run, recipe, members, LaunchOptions(grace_seconds=60.0))
+        train_members(run, recipe, members)
     thread.join()
 
 
