@@ -1,5 +1,4 @@
 import ast
-import json
 import os
 import shutil
 import subprocess
@@ -77,34 +76,3 @@ def test_arrows_between_the_folders_go_one_way(folder: str) -> None:
 def test_kernels_know_nothing_of_megaxelm() -> None:
     for path in (REPOSITORY / "kernels").rglob("*.py"):
         assert not any(module == "megaxelm" or module.startswith("megaxelm.") for module in imports(path)), path
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_the_array_script_maps_tasks_to_members(tmp_path: Path) -> None:
-    (tmp_path / "run" / "clusters").mkdir(parents=True)
-    (tmp_path / "run" / "clusters" / "report.json").write_text(json.dumps({"names": ["de-en", "ru"]}))
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "deepspeed").write_text('#!/bin/sh\necho "$@"\n')
-    (tools / "deepspeed").chmod(0o755)
-    (tools / "python").symlink_to(sys.executable)
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    script = str(REPOSITORY / "slurm" / "experts.sbatch")
-    for task, expert in (("0", "dense"), ("2", "ru")):
-        done = run(
-            "bash",
-            script,
-            "run",
-            "--deepspeed_config",
-            "zero3",
-            cwd=tmp_path,
-            PATH=path,
-            SLURM_ARRAY_TASK_ID=task,
-            SLURM_JOB_ID="7",
-            SLURM_GPUS_ON_NODE="4",
-        )
-        assert f"--num_gpus 4 --master_port 20007 --module megaxelm.train run --expert {expert} --deepspeed_config zero3" in done.stdout, (
-            done.stderr
-        )
-    done = run("bash", script, "run", cwd=tmp_path, PATH=path, SLURM_ARRAY_TASK_ID="3", SLURM_JOB_ID="7")
-    assert done.returncode != 0 and "tasks 0 to 2" in done.stderr
