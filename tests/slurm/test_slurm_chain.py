@@ -100,14 +100,16 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
     assert shown[names[0]]["slurm"].startswith(f"job {array}_0 running on n") and "pending" in shown[names[3]]["slurm"]
     subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
     until(lambda: running_beyond(1, 30), 90, message)
-    subprocess.run(["scancel", "--signal=USR1", f"{array}_1"], check=True)
+    # by its own number: of a task of an array scancel asks again and again
+    job = squeue(f"--jobs={array}_1", "--format=%A").strip()
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
     until(lambda: status(run)[names[1]]["state"] == "preempted", 60, message)
 
     # whichever member is then in its middle on the second node loses that node
     def on_second_node() -> int | None:
         for line in squeue(f"--jobs={array}", "--format=%K|%T|%N").splitlines():
             task, state, node = line.split("|")
-            if state == "RUNNING" and node == "n2" and 10 <= step_of(run, names[int(task)]) < 200:
+            if state == "RUNNING" and node == "n2" and 30 <= step_of(run, names[int(task)]) < 150:
                 return int(task) + 1
         return None
 
@@ -121,7 +123,7 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
     folder = RunFolder(run)
     assert all(folder.marker(f"experts/{name}") for name in names), message()
     resumed = {name: read_json(run / "experts" / name / "choices.json")["resumed_from_step"] for name in names}
-    assert all(resumed[name] > 0 for name in (names[0], names[1], names[task])), (resumed, task)
+    assert all(0 < resumed[name] < 250 for name in (names[0], names[1], names[task])), (resumed, task)
     for name in names:
         steps = [
             json.loads(line)["step"] for line in (run / "experts" / name / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
