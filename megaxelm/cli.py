@@ -96,6 +96,7 @@ def train(
 ) -> None:
     """Train models of a run whose token index is made. Exit code 75: stopped and saved, the same command goes on."""
     from megaxelm.stages import Stages
+    from megaxelm.train.ds_config import check_ds_config, find_ds_config
     from megaxelm.train.launch import LaunchOptions
     from megaxelm.train.members import find_member
 
@@ -103,6 +104,7 @@ def train(
         raise StageError(f"--all and --expert {expert}: give one of them")
 
     folder, recipe = _open_run(run, overrides, runs)
+    check_ds_config(find_ds_config(recipe.train.deepspeed_config), recipe.train)
     stages = Stages(folder, recipe, check_sources=False)
     if expert is not None:
         find_member(stages.members(), expert)
@@ -247,11 +249,11 @@ def recipe_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 @recipe_app.command("check")
 def recipe_check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Check a recipe without running it, and print what it would train."""
-    from megaxelm.train.ds_config import find_ds_config
+    from megaxelm.train.ds_config import check_ds_config, find_ds_config
     from megaxelm.train.members import account_text, plan_members
 
     loaded = load_recipe(recipe, overrides or ())
-    find_ds_config(loaded.train.deepspeed_config)
+    check_ds_config(find_ds_config(loaded.train.deepspeed_config), loaded.train)
     print(f"{recipe}: valid")
     k = loaded.clusters.num_clusters or (len(loaded.corpus.languages) if loaded.corpus.languages else None)
     if k is None:

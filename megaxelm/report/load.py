@@ -256,6 +256,8 @@ def _curve(path: Path) -> Curve:
     for line in lines:
         try:
             row = json.loads(line)
+            if row["loss"] is None:
+                continue  # all its steps were skipped: there is nothing to draw
             step, _tokens, _loss = int(row["step"]), float(row["tokens"]), float(row["loss"])
         except (ValueError, TypeError, KeyError):
             # A training killed while it wrote leaves half a line, and its successor appends to the file.

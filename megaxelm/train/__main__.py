@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deepspeed_config", help="file or name in ds_configs/; default: train.deepspeed_config of the recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe")
     parser.add_argument("--runs", default="runs", help="folder of the runs, when a recipe is given (default: runs)")
+    parser.add_argument("--profile", metavar="FIRST-LAST", help="trace these steps, counted from 1, into the expert's folder profile/")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; the environment is used")
     options = parser.parse_args(arguments)
     catch_signals()
@@ -74,6 +75,7 @@ def _train_member(
     from megaxelm.model.hub import weights_hash
     from megaxelm.train import loop
     from megaxelm.train.export import export_seed
+    from megaxelm.train.profile import parse_steps
     from megaxelm.train.setting import Setting
 
     cuda = torch.cuda.is_available()
@@ -88,7 +90,7 @@ def _train_member(
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     torch.distributed.barrier()  # rank 0 has settled the folder before the others look into it
     if not (run.expert(member.name) / MARKER).exists():
-        setting = Setting(run, recipe, member, ds_config, processes, device)
+        setting = Setting(run, recipe, member, ds_config, processes, device, parse_steps(options.profile) if options.profile else None)
         loop.train(setting, _bar) if member.steps else export_seed(setting)
         if processes.rank == 0:
             run.close_expert(member.name, made_from, weights_hash(run.expert(member.name) / "export"))

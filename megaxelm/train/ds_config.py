@@ -1,11 +1,7 @@
-"""DeepSpeed configurations: found by name, checked, and their `auto` values filled from the recipe.
-
-DeepSpeed ignores an unknown key at the top level in silence, so the top level is checked here; its nested sections it checks itself.
-"""
+"""DeepSpeed configurations: found by name, checked, compared with the recipe, and their `auto` values filled from it."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from pathlib import Path
@@ -13,66 +9,8 @@ from typing import Any
 
 from megaxelm.errors import TrainError
 from megaxelm.recipe import TrainConfig
+from megaxelm.train.ds_keys import UNUSED, check_keys
 from megaxelm.train.members import Member
-
-_KNOWN = frozenset(
-    [
-        "activation_checkpointing",
-        "aio",
-        "amp",
-        "autotuning",
-        "bf16",
-        "checkpoint",
-        "comet",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "compression_training",
-        "csv_monitor",
-        "curriculum_learning",
-        "data_efficiency",
-        "data_types",
-        "disable_allgather",
-        "dump_state",
-        "eigenvalue",
-        "elasticity",
-        "flops_profiler",
-        "fp16",
-        "fp32_allreduce",
-        "gradient_accumulation_dtype",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "graph_harvesting",
-        "hybrid_engine",
-        "load_universal_checkpoint",
-        "memory_breakdown",
-        "nebula",
-        "optimizer",
-        "pipeline",
-        "prescale_gradients",
-        "progressive_layer_drop",
-        "scheduler",
-        "seq_parallel_communication_data_type",
-        "sequence_parallel_size",
-        "sparse_attention",
-        "sparse_gradients",
-        "steps_per_print",
-        "tensor_parallel",
-        "tensorboard",
-        "timers",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "use_data_before_expert_parallelism",
-        "wall_clock_breakdown",
-        "wandb",
-        "weight_quantization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
-)
 
 
 def find_ds_config(name: str) -> Path:
@@ -97,20 +35,58 @@ def micro_batch(rank_sequences: int, at_most: int) -> int:
     return next(size for size in range(min(at_most, rank_sequences), 0, -1) if rank_sequences % size == 0)
 
 
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """A configuration as it is in its file, every key and type checked.
+
+    Raises:
+        TrainError: broken JSON, or a key or value that DeepSpeed does not have.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise TrainError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise TrainError(f"{path}: a DeepSpeed configuration is an object of keys and values, {{...}}")
+    check_keys(config, path)
+    return config
+
+
+def check_ds_config(path: Path, train: TrainConfig) -> dict[str, Any]:
+    """What can be said of a configuration before a model, a device and a number of ranks are known.
+
+    Returns:
+        The configuration with everything filled but the batch sizes and the learning rate.
+
+    Raises:
+        TrainError: a wrong key or value, or one that contradicts the recipe.
+    """
+    config = read_ds_config(path)
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    wanted: dict[str, Any] = {
+        "gradient_clipping": train.gradient_clipping,
+        "bf16.enabled": train.precision == "bf16",
+        "fp16.enabled": train.precision == "fp16",
+        "optimizer.type": "AdamW",
+        "optimizer.params.betas": [train.beta1, train.beta2],
+        "optimizer.params.eps": train.eps,
+        "optimizer.params.weight_decay": train.weight_decay,
+    }
+    for dotted, value in wanted.items():
+        _fill(config, dotted, value, path)
+    _refuse_unused(config, path)
+    _check_engine(config, path)
+    _check_offload(config["zero_optimization"], path)
+    _check_activation_checkpointing(config, train, path)
+    return config
+
+
 def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: int, cuda: bool) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`, every `auto` replaced.
 
     Raises:
-        TrainError: broken JSON, an unknown key, a value that contradicts the recipe, or a batch that the ranks cannot share.
+        TrainError: as `check_ds_config`; a batch that the ranks cannot share; a precision that the device does not have.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TrainError(f"{path}: not readable as JSON ({error})") from None
-    for key in config:
-        if key not in _KNOWN:
-            near = difflib.get_close_matches(key, sorted(_KNOWN), n=1)
-            raise TrainError(f"{path}: DeepSpeed has no key `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    config = check_ds_config(path, train)
     if member.batch_sequences % world_size:
         raise TrainError(
             f"`{member.name}` has {member.batch_sequences} sequences a step, which {world_size} ranks cannot share: "
@@ -118,35 +94,102 @@ def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: i
         )
     rank_sequences = member.batch_sequences // world_size
     micro = micro_batch(rank_sequences, train.micro_batch_size)
-    wanted: dict[str, Any] = {
+    wanted = {
         "train_batch_size": member.batch_sequences,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rank_sequences // micro,
-        "gradient_clipping": train.gradient_clipping,
-        "bf16.enabled": train.precision == "bf16",
         "optimizer.params.lr": member.lr,
-        "optimizer.params.betas": [train.beta1, train.beta2],
-        "optimizer.params.eps": train.eps,
-        "optimizer.params.weight_decay": train.weight_decay,
     }
-    config.setdefault("zero_optimization", {"stage": 0})
     for dotted, value in wanted.items():
         _fill(config, dotted, value, path)
-    config["optimizer"].setdefault("type", "AdamW")
-    if config["optimizer"]["type"] != "AdamW":
-        raise TrainError(f"{path}: optimizer.type = {config['optimizer']['type']}: AdamW is what the recipe's settings are for; write that")
-    for section in ("fp16", "amp", "scheduler", "torch_autocast"):
-        given = config.get(section)
-        if given and not (isinstance(given, dict) and given.get("enabled") is False):
-            raise TrainError(f"{path}: take out `{section}`: precision and schedule are the recipe's (train.precision, train.schedule)")
-    if config["optimizer"]["params"].get("torch_adam", "auto") == "auto":
-        # DeepSpeed's own CPU Adam is a compiled extension meant for offload; torch's serves a CPU run.
-        config["optimizer"]["params"]["torch_adam"] = not cuda
+    params = config["optimizer"]["params"]
+    if params.get("torch_adam", "auto") == "auto":
+        # DeepSpeed's own CPU Adam is a compiled extension, which offload needs; torch's serves any other run on a CPU.
+        params["torch_adam"] = not cuda and not offloads(config, "offload_optimizer")
     config.setdefault("steps_per_print", 10**9)
     left = [key for key, value in _leaves(config) if value == "auto"]
     if left:
         raise TrainError(f"{path}: `auto` cannot be filled for {', '.join(left)}: write a value")
+    _check_device(train.precision, cuda)
     return config
+
+
+def offloads(config: dict[str, Any], what: str) -> bool:
+    """Whether `zero_optimization.<what>` (`offload_optimizer` or `offload_param`) moves anything."""
+    section = config["zero_optimization"].get(what)
+    return section is not None and section.get("device", "none") != "none"
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the key `{twice[0]}` occurs twice in one section; keep one")
+    return dict(pairs)
+
+
+def _refuse_unused(config: dict[str, Any], path: Path) -> None:
+    for section, why in UNUSED.items():
+        given = config.get(section)
+        if given and not (isinstance(given, dict) and given.get("enabled") is False):
+            raise TrainError(f"{path}: take out `{section}`: {why}")
+
+
+def _check_engine(config: dict[str, Any], path: Path) -> None:
+    """Switches of the engine that would change what the recipe's steps mean."""
+    rules = {
+        "gradient_allreduce_op": ("mean", "the loss is scaled for the mean over the ranks"),
+        "managed_gradient_accumulation": (True, "micro-batches are counted by the engine"),
+        "zero_optimization.compute_grad_norm": (True, "the trainer looks at the norm of the gradient"),
+        "optimizer.params.adam_w_mode": (True, "train.weight_decay is decoupled, as in AdamW"),
+    }
+    for dotted, (only, why) in rules.items():
+        node: Any = config
+        for part in dotted.split("."):
+            node = node.get(part, only) if isinstance(node, dict) else only
+        if node not in (only, "auto"):
+            raise TrainError(f"{path}: {dotted} = {node} does not fit: {why}; write {json.dumps(only)}, or take it out")
+    params = config["optimizer"]["params"]
+    if params.get("foreach") is not None and params.get("torch_adam") is not True:
+        raise TrainError(f'{path}: optimizer.params.foreach belongs to torch\'s AdamW: write "torch_adam": true beside it, or take it out')
+
+
+def _check_offload(zero: dict[str, Any], path: Path) -> None:
+    for what, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        if zero.get(what) is not None and zero["stage"] not in stages:
+            raise TrainError(
+                f"{path}: zero_optimization.{what} with stage = {zero['stage']} would be ignored: it needs stage "
+                f"{' or '.join(map(str, stages))}"
+            )
+
+
+def _check_activation_checkpointing(config: dict[str, Any], train: TrainConfig, path: Path) -> None:
+    """The decoder recomputes its layers itself, as the recipe says; the section of DeepSpeed may only agree with that."""
+    section = config.get("activation_checkpointing")
+    if section is None:
+        return
+    for key, value in section.items():
+        if value not in (False, None, "auto"):
+            raise TrainError(
+                f"{path}: activation_checkpointing.{key} = {value} would have no effect: layers are recomputed by the decoder, as "
+                "train.activation_checkpointing says; write false, or take it out"
+            )
+    config["activation_checkpointing"] = {key: None if key == "number_checkpoints" else False for key in section}
+    if train.activation_checkpointing == "none":
+        raise TrainError(
+            f"{path}: it has a section `activation_checkpointing`, and the recipe says train.activation_checkpointing = none: set it to "
+            "full or a number, or take the section out"
+        )
+
+
+def _check_device(precision: str, cuda: bool) -> None:
+    import torch
+
+    if precision == "fp16" and not cuda and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise TrainError("train.precision = fp16: this CPU has no half-precision arithmetic; choose bf16 or fp32, or train on a GPU")
+    if precision == "bf16" and cuda and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise TrainError(f"train.precision = bf16: {name} has no bfloat16 arithmetic; choose fp16 or fp32")
 
 
 def _fill(config: dict[str, Any], dotted: str, value: Any, path: Path) -> None:

@@ -67,7 +67,8 @@ class _Job:
             line = json.loads(whole.splitlines()[-1])
             if "loss" in line:
                 self.bar.update(line["step"] - self.bar.n)
-                self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s", refresh=False)
+                loss = "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
+                self.bar.set_postfix_str(f"loss {loss}, {line['tokens_per_second']:,.0f} tokens/s", refresh=False)
 
     def end(self) -> None:
         """Kill all processes of the training; they are a session of their own."""

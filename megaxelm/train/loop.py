@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import time
+import contextlib
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,8 +22,10 @@ from megaxelm.train.evaluation import HeldOut
 from megaxelm.train.export import export_trained
 from megaxelm.train.finite import guard
 from megaxelm.train.members import Member, check_language_weights
-from megaxelm.train.metrics import Metrics
+from megaxelm.train.memory import memory
+from megaxelm.train.metrics import Meter, Metrics, console_line
 from megaxelm.train.preemption import StopRequest
+from megaxelm.train.profile import Profile
 from megaxelm.train.setting import Setting
 from megaxelm.train.staging import find_index
 from megaxelm.train.steps import StepResult, Steps
@@ -45,6 +47,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     check_language_weights(recipe, {language for languages in load_index_manifest(index)["clusters"].values() for language in languages})
     sample_seed = member.sample_seed(config.seed)
     blend = Blend(streams, member.sequence_length, member.language_alpha, sample_seed, config.language_weights)
+    before = memory(setting.device)
     model = build_model(setting, tokenizer)
     try:
         # The packed kernel of torch has no fp32 form.
@@ -68,13 +71,15 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     checkpoints = _checkpoints(setting)
     start = checkpoints.resume(engine)
     if setting.is_first:
-        _record_choices(setting, model, backend, start)
-    metrics = Metrics(setting.folder, start.step) if setting.is_first else None
+        _record_choices(setting, model, backend, start, before)
+    metrics = Metrics(setting.folder, start.step, engine.monitor) if setting.is_first else None
     bar = progress_bar(member, start.step) if setting.is_first else range(start.step, member.steps)
     stop = StopRequest(setting.folder, setting.processes.rank, setting.processes.world_size)
     with Watchdog(config.hang_seconds) as watchdog:
-        loop = Loop(setting, Steps(setting, engine, blend, options), checkpoints, metrics, start.step)
-        loop.run(bar, stop, watchdog, held_out)
+        meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops)
+        loop = Loop(setting, Steps(setting, engine, blend, options, meter), checkpoints, metrics, start.step)
+        with Profile(setting.folder / "profile", setting.profile, setting.processes.rank) as profile:
+            loop.run(bar, stop, watchdog, held_out, profile)
     checkpoints.finish()
     export_trained(setting, engine, tokenizer)
     if metrics is not None:
@@ -99,7 +104,6 @@ class Loop:
         self.done = self.saved = start
         self.skipped_in_a_row = 0
         self._told_saving = False
-        self.began = time.monotonic()
         self._window = _Window(len(steps.languages), setting)
 
     def run(
@@ -108,6 +112,7 @@ class Loop:
         stop: StopRequest | None = None,
         watchdog: Watchdog | None = None,
         held_out: HeldOut | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """Train for the steps of `bar`. Collective.
 
@@ -125,7 +130,8 @@ class Loop:
         self.steps.watch = watch
         try:
             for step in bar:
-                self._step(step, watch, held_out)
+                with contextlib.nullcontext() if profile is None else profile.step(step + 1):
+                    self._step(step, watch, held_out)
                 watch()
         except _StopNow:
             assert stop is not None
@@ -171,15 +177,18 @@ class Loop:
 
     def _log(self, result: StepResult, scores: dict[str, float]) -> None:
         member = self.setting.member
-        window = self._window.close(self.steps.languages)
-        if self.metrics is None:
-            return
-        line: dict[str, Any] = {"step": self.done} | window | {"lr": result.lr}
+        tokens = self._window.tokens
+        line: dict[str, Any] = {"step": self.done} | self._window.close(self.steps.languages) | {"lr": result.lr}
         line |= {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
         line |= {"skipped_steps": self.steps.engine.skipped_steps, "tokens": self.done * member.batch_sequences * member.sequence_length}
         line |= {"language_tokens": language_tokens(self.steps.blend, self.done * member.batch_sequences)}
         line |= {"evaluation_bits_per_byte": scores} if scores else {}
-        self.metrics.write(line | {"seconds": time.monotonic() - self.began})
+        meter = self.steps.meter
+        line = line if meter is None else meter.line(line, tokens)
+        if self.metrics is not None:
+            self.metrics.write(line)
+            if meter is not None and not sys.stderr.isatty():
+                print(console_line(member.name, member.steps, line), flush=True)
 
     def _save(self) -> float:
         seconds = self.checkpoints.save(self.steps.engine, Progress(self.done, self.done * self.setting.member.batch_sequences))
@@ -209,12 +218,11 @@ class _Window:
     def __init__(self, languages: int, setting: Setting) -> None:
         self._setting = setting
         self._by_language = torch.zeros(languages, 2, dtype=torch.float64)
-        self._tokens = 0
-        self._since = time.monotonic()
+        self.tokens = 0
 
     def add(self, result: StepResult) -> None:
         """A step; the loss of a skipped one is no number and not counted."""
-        self._tokens += result.tokens
+        self.tokens += result.tokens
         if result.applied:
             self._by_language += result.by_language.cpu()
 
@@ -222,20 +230,18 @@ class _Window:
         """The means over all ranks, and a new window. Collective.
 
         Returns:
-            loss and loss_by_language (nats a predicted token; NaN and left out where there was none) and tokens_per_second.
+            loss (nats a predicted token; None where all steps were skipped) and loss_by_language.
         """
         sums = self._by_language.to(self._setting.device)
         if self._setting.processes.world_size > 1:
             dist.all_reduce(sums)
         table = sums.cpu().numpy()
-        now = time.monotonic()
         found = {
-            "loss": float(table[:, 0].sum() / table[:, 1].sum()) if table[:, 1].sum() else math.nan,
+            "loss": float(table[:, 0].sum() / table[:, 1].sum()) if table[:, 1].sum() else None,
             "loss_by_language": {name: float(row[0] / row[1]) for name, row in zip(languages, table, strict=True) if row[1]},
-            "tokens_per_second": self._tokens / max(now - self._since, 1e-9),
         }
         self._by_language.zero_()
-        self._tokens, self._since = 0, now
+        self.tokens = 0
         return found
 
 
@@ -256,7 +262,7 @@ def language_tokens(blend: Blend, samples: int) -> dict[str, int]:
     return {language: count * blend.sequence_length for language, count in sorted(blend.counts(samples).items())}
 
 
-def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progress) -> None:
+def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progress, before: dict[str, int]) -> None:
     """What was chosen, once, on the console and with the run."""
     config, processes, member = setting.recipe.train, setting.processes, setting.member
     choices = {
@@ -271,6 +277,7 @@ def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progr
         "gradient_accumulation_steps": setting.ds_config["gradient_accumulation_steps"],
         "parameters": sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()),
         "resumed_from_step": start.step,
+        "resident_at_start": before.get("resident", 0),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

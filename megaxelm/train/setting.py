@@ -25,6 +25,8 @@ class Setting:
     ds_config: dict[str, Any]
     processes: Processes
     device: torch.device
+    profile: range | None = None
+    """Steps to trace, counted from 1."""
 
     @property
     def folder(self) -> Path:

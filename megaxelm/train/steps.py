@@ -6,6 +6,7 @@ first forward pass, and DeepSpeed's averaging over ranks and micro-batches is un
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from megaxelm.corpus.packing import IGNORED, PackedBatch, pack
 from megaxelm.corpus.sampling import Blend
 from megaxelm.errors import TrainError
 from megaxelm.files import hash_value
+from megaxelm.train.metrics import Meter
 from megaxelm.train.schedule import learning_rate
 from megaxelm.train.setting import Setting, sum_over_ranks
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
@@ -41,16 +43,24 @@ class Steps:
 
     Args:
         options: of the model's forward pass: the attention backend and the rows of a chunk of the loss.
+        meter: told of every batch.
         watch: called after every micro-batch; what it raises ends the step before its update.
     """
 
     def __init__(
-        self, setting: Setting, engine: Any, blend: Blend, options: dict[str, Any], watch: Callable[[], None] = lambda: None
+        self,
+        setting: Setting,
+        engine: Any,
+        blend: Blend,
+        options: dict[str, Any],
+        meter: Meter | None = None,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         self.setting = setting
         self.engine = engine
         self.blend = blend
         self.options = options
+        self.meter = meter
         self.watch = watch
         self.languages = sorted(blend.streams)
 
@@ -64,7 +74,11 @@ class Steps:
         setting, engine = self.setting, self.engine
         member, config = setting.member, setting.recipe.train
         world = setting.processes.world_size
-        batches = list(self._batches(step))
+        with self.meter.data() if self.meter else contextlib.nullcontext():
+            batches = list(self._batches(step))
+        if self.meter:
+            for batch in batches:
+                self.meter.count(batch)
         targets = int(sum_over_ranks(sum(batch.num_targets for batch in batches), setting))
         if targets == 0:
             raise TrainError(f"`{member.name}`: step {step} has no token to predict; are all documents of its languages empty?")

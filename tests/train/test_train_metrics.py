@@ -53,6 +53,7 @@ class FakeSteps:
         self.blend = blend
         self.engine = SimpleNamespace(skipped_steps=0)
         self.languages = sorted(blend.streams)
+        self.meter = None
 
     def run(self, step: int) -> StepResult:
         return StepResult(1, 0.1, None, torch.ones(len(self.languages), 2, dtype=torch.float64), True)

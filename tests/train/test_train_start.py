@@ -113,8 +113,15 @@ def test_a_training_that_blows_up_stops_before_it_saves_broken_weights(indexed_r
 
 
 def test_a_failed_training_is_told_with_its_reason(indexed_run: Path) -> None:
-    arguments = ["--expert", "seed", "--set", "train.num_devices=1", "--set", "train.deepspeed_config=zero7"]
+    arguments = ["--expert", "seed", "--set", "train.num_devices=1", "--set", "train.attention=varlen"]
     done = run_module("megaxelm.cli", "train", str(indexed_run), *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "`seed` was not trained (exit code 2" in done.stderr and "zero1, zero2, zero3" in done.stderr
+    assert "`seed` was not trained (exit code 2" in done.stderr and "train.attention = varlen" in done.stderr
     assert not (indexed_run / "experts" / "seed" / MARKER).exists()
+
+
+def test_a_wrong_deepspeed_configuration_is_told_before_anything_is_started(indexed_run: Path) -> None:
+    done = run_module("megaxelm.cli", "train", str(indexed_run), "--set", "train.deepspeed_config=zero7")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "zero1, zero2, zero2-offload, zero3" in done.stderr and "was not trained" not in done.stderr
+    assert not (indexed_run / "experts" / "seed" / "train.log").exists()
