@@ -30,9 +30,10 @@ from megaxelm.files import read_json, write_json
 from megaxelm.recipe import load_recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
-from megaxelm.train.attempts import STOP, begin_attempt, end_attempt, reason_in_log
+from megaxelm.train.attempts import begin_attempt, end_attempt, reason_in_log
 from megaxelm.train.launch import child_environment
 from megaxelm.train.members import Member, find_member
+from megaxelm.train.preemption import STOP_FILE
 from megaxelm.train.staging import VARIABLE, staged_folder
 
 MAX_FAULTS = 3
@@ -157,7 +158,7 @@ def claim(run: RunFolder, name: str, wait: bool) -> None:
     Raises:
         StageError: another process trains it.
     """
-    stop = run.expert(name) / STOP
+    stop = run.expert(name) / STOP_FILE
     deadline = time.monotonic() + (CLAIM_SECONDS if wait else 0.0)
     asked = False
     while True:

@@ -27,10 +27,11 @@ from megaxelm.console import TRY_AGAIN, Interrupted
 from megaxelm.errors import Preempted, TrainError
 from megaxelm.recipe import Recipe
 from megaxelm.run import MARKER, RunFolder
-from megaxelm.train.attempts import STOP, begin_attempt, end_attempt, reason_in_log
+from megaxelm.train.attempts import begin_attempt, end_attempt, reason_in_log
 from megaxelm.train.environment import check_compiler, free_port
 from megaxelm.train.hostfile import read_hostfile
 from megaxelm.train.members import Member
+from megaxelm.train.preemption import STOP_FILE
 
 _POLL_SECONDS = 0.3
 
@@ -215,7 +216,7 @@ def _start(run: RunFolder, recipe: Recipe, member: Member, slices: Sequence[list
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     command = training_command(recipe, ["megaxelm.train", str(run.path.resolve()), "--expert", member.name], devices, options.hostfile)
     folder = run.expert(member.name)
-    (folder / STOP).unlink(missing_ok=True)  # a request to an earlier attempt
+    (folder / STOP_FILE).unlink(missing_ok=True)  # a request to an earlier attempt
     begin_attempt(folder)
     log = open(folder / "train.log", "ab")  # noqa: SIM115 - lives as long as the process
     log_start = log.tell()
@@ -229,7 +230,7 @@ def _start(run: RunFolder, recipe: Recipe, member: Member, slices: Sequence[list
 
 def _ask_to_stop(running: Sequence[_Job], grace_seconds: float) -> None:
     for job in running:
-        (job.folder / STOP).touch()
+        (job.folder / STOP_FILE).touch()
     names = ", ".join(job.member.name for job in running)
     if names:
         tqdm.write(f"asked to stop: {names} may take {grace_seconds:g} s to save; a second signal ends at once", file=sys.stderr)
@@ -242,7 +243,7 @@ def _finish(run: RunFolder, job: _Job, asked: bool, failed: list[str], stopped: 
     job.log.close()
     job.end()  # ranks that outlived their launcher
     name, code = job.member.name, job.process.returncode
-    (job.folder / STOP).unlink(missing_ok=True)
+    (job.folder / STOP_FILE).unlink(missing_ok=True)
     if (job.folder / MARKER).exists():
         return
     with open(job.folder / "train.log", "rb") as file:

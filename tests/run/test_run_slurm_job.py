@@ -15,7 +15,8 @@ from megaxelm import slurm_job
 from megaxelm.errors import StageError
 from megaxelm.run import RunFolder
 from megaxelm.slurm_job import SlurmJob, claim, find_fault
-from megaxelm.train.attempts import STOP, last_ending
+from megaxelm.train.attempts import last_ending
+from megaxelm.train.preemption import STOP_FILE
 
 SCONTROL = """#!/bin/sh
 echo "scontrol $*" >> "$CALLS"
@@ -153,7 +154,7 @@ with run.lock("experts/seed"):
     assert earlier.poll() is None
     claim(run, "seed", wait=True)
     assert earlier.wait(timeout=10) == 0
-    assert not (run.expert("seed") / STOP).exists(), "or this life would stop as well"
+    assert not (run.expert("seed") / STOP_FILE).exists(), "or this life would stop as well"
     monkeypatch.setattr(slurm_job, "CLAIM_SECONDS", 0.5)
     with run.lock("experts/seed"), pytest.raises(StageError, match="another megaxelm works here"):
         claim(run, "seed", wait=True)

@@ -17,9 +17,10 @@ from megaxelm.errors import Preempted, TrainError
 from megaxelm.recipe import Recipe, parse_recipe
 from megaxelm.run import RunFolder
 from megaxelm.train import launch
-from megaxelm.train.attempts import STOP, last_ending
+from megaxelm.train.attempts import last_ending
 from megaxelm.train.launch import LaunchOptions, device_slices, train_members, training_command
 from megaxelm.train.members import Member, plan_members
+from megaxelm.train.preemption import STOP_FILE
 
 TRAINER = """
 import os, pathlib, sys, time
@@ -109,7 +110,7 @@ def test_a_signal_lets_the_trainings_save_and_starts_no_more(
     with pytest.raises(Preempted, match=r"`a` was stopped and has saved its state\n`b` was stopped"):
         train_members(run, recipe, members)
     thread.join()
-    assert not (run.expert("c") / "began").exists() and not list(run.path.glob(f"experts/*/{STOP}"))
+    assert not (run.expert("c") / "began").exists() and not list(run.path.glob(f"experts/*/{STOP_FILE}"))
     ending = last_ending(run.expert("a"))
     assert ending is not None and (ending.state, ending.exit_code) == ("preempted", 75)
     assert signal.getsignal(number) is not None and "launch" not in repr(signal.getsignal(number))
@@ -123,7 +124,7 @@ def test_a_training_that_does_not_save_in_time_is_ended(trainings: Callable[...,
         train_members(run, recipe, members)
     thread.join()
     assert 1.0 < time.monotonic() - began < 10
-    assert not (run.expert("deaf") / STOP).exists(), "or the next attempt would stop at once"
+    assert not (run.expert("deaf") / STOP_FILE).exists(), "or the next attempt would stop at once"
 
 
 def test_a_second_signal_ends_at_once(trainings: Callable[..., tuple[RunFolder, Recipe, list[Member]]]) -> None:
