@@ -91,7 +91,6 @@ def train(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Seed, dense and every expert; the default.")] = False,
     hostfile: Annotated[Path | None, typer.Option(help="Nodes that deepspeed reaches by ssh, a line each: `worker-1 slots=8`.")] = None,
-    grace: Annotated[float, typer.Option(min=0.0, help="Seconds that a training may take to save when it is asked to stop.")] = 300.0,
     overrides: SetOption = None,
     runs: RunsOption = _RUNS,
 ) -> None:
@@ -109,7 +108,7 @@ def train(
     stages = Stages(folder, recipe, check_sources=False)
     if expert is not None:
         find_member(stages.members(), expert)
-    made = stages.train_models(expert, LaunchOptions(hostfile, grace))
+    made = stages.train_models(expert, LaunchOptions(hostfile))
     if not made:
         print("trained already and fresh; nothing to do")
 

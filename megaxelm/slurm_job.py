@@ -30,9 +30,10 @@ from megaxelm.files import read_json, write_json
 from megaxelm.recipe import load_recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
-from megaxelm.train.attempts import STOP, begin_attempt, end_attempt, reason_in_log
+from megaxelm.train.attempts import begin_attempt, end_attempt, reason_in_log
 from megaxelm.train.launch import child_environment
 from megaxelm.train.members import Member, find_member
+from megaxelm.train.preemption import STOP_FILE
 from megaxelm.train.staging import VARIABLE, staged_folder
 
 MAX_FAULTS = 3
@@ -76,12 +77,13 @@ class SlurmJob:
         found = re.search(rf"(?:^|\s){name}=(\S*)", done.stdout)
         return found[1] if found else ""
 
-    def requeue(self) -> bool:
-        """Ask Slurm to run this job again. False when it does so anyway, or when the job was cancelled.
+    def is_replaced(self) -> bool:
+        """Whether the job's next life has begun. A script whose node was thought lost may live on beside it, and must not disturb it."""
+        return self.field("Restarts") not in ("", str(self.restarts))
 
-        A script whose node was thought lost may live on beside the job's next life, which it must not disturb.
-        """
-        if self.field("JobState") != "RUNNING" or self.field("Restarts") != str(self.restarts):
+    def requeue(self) -> bool:
+        """Ask Slurm to run this job again. False when it does so anyway, or when the job was cancelled."""
+        if self.field("JobState") != "RUNNING" or self.is_replaced():
             return False
         done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
         if done.returncode:
@@ -127,12 +129,14 @@ def _train(options: argparse.Namespace, trainer: list[str]) -> None:
         print(f"`{member.name}` is trained and fresh: nothing to do", flush=True)
         return
     claim(run, member.name, wait=job.restarts > 0)
+    moved = run.open_expert(member.name, stages.made_from(unit))
+    if moved:
+        print(f"the earlier `{member.name}` belongs to other settings and is kept in {moved}", flush=True)
     env = child_environment(job.tasks_per_node)
     if "SLURM_CPUS_PER_TASK" in os.environ:
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
     if options.stage is not None:
         env[VARIABLE] = str(_stage(job, run, member, options.stage, env))
-    run.expert(member.name).mkdir(parents=True, exist_ok=True)
     begin_attempt(run.expert(member.name))
     code, lines, asked = _run_tasks(job, run, member, trainer, env)
     if run.status(unit, stages.made_from(unit)) is None:
@@ -154,7 +158,7 @@ def claim(run: RunFolder, name: str, wait: bool) -> None:
     Raises:
         StageError: another process trains it.
     """
-    stop = run.expert(name) / STOP
+    stop = run.expert(name) / STOP_FILE
     deadline = time.monotonic() + (CLAIM_SECONDS if wait else 0.0)
     asked = False
     while True:
@@ -221,6 +225,8 @@ def _tee(source: Iterator[str], log: object) -> Iterator[str]:
 def _settle(job: SlurmJob, run: RunFolder, member: Member, code: int, lines: list[str], asked: bool) -> None:
     """Say why the training has not come to its end, note it in the model's folder, and have the job requeued where that helps."""
     name, folder, by = member.name, run.expert(member.name), f"Slurm job {job.id}"
+    if job.is_replaced():
+        raise Preempted(f"`{name}`: Slurm has started this job again elsewhere")
     fault = find_fault(lines)
     if fault is not None:
         _settle_fault(job, folder, name, *fault, by=by)
@@ -229,6 +235,10 @@ def _settle(job: SlurmJob, run: RunFolder, member: Member, code: int, lines: lis
         end_attempt(folder, "preempted", code, reason, by)
         again = "requeued" if job.requeue() else "Slurm runs it again, or it was cancelled"
         raise Preempted(f"`{name}`: {reason}; {again}")
+    state = job.field("JobState")
+    if state not in ("RUNNING", ""):
+        end_attempt(folder, "preempted", code, f"Slurm took the job back ({state.lower()})", by)
+        raise Preempted(f"`{name}`: Slurm took the job back ({state.lower()}); its checkpoints stay")
     reason = reason_in_log("\n".join(lines))
     end_attempt(folder, "failed", code, reason, by)
     raise TrainError(f"`{name}` was not trained (exit code {code}): {reason}")

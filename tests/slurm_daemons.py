@@ -28,11 +28,13 @@ class Slurm:
         self.start(node, ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")])
 
     def lose_node(self, node: str, job: str) -> None:
-        """Kill the slurmd of a node and the slurmstepds of a job on it, by process id; what they had started lives on."""
+        """Kill the slurmd of a node, the slurmstepds of a job on it, and what these had started, by process id."""
         steps = self._steps(job)
+        assert steps, f"job {job} has no steps"
+        lost = [*steps, *(child for step in steps for child in _descendants(step))]
         self.daemons[node].kill()
         self.daemons[node].wait()
-        for pid in steps:
+        for pid in lost:
             os.kill(pid, signal.SIGKILL)
 
     def _steps(self, job: str) -> list[int]:
@@ -56,6 +58,11 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return children + [below for child in children for below in _descendants(child)]
 
 
 def nodes_are_idle() -> bool:

@@ -14,8 +14,6 @@ from megaxelm.errors import StageError
 from megaxelm.files import read_json, write_json
 
 ENDED = "ended.json"
-STOP = "stop"
-"""A file of this name in a model's folder asks its training to save and end; the trainer removes it when it obeys."""
 
 
 @dataclass(frozen=True)

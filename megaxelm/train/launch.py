@@ -2,7 +2,8 @@
 
 A return code is not trusted: `deepspeed` may return 0 when a rank died. A model counts as trained when rank 0 has written its marker.
 On GPUs as many models train at once as there are slices of `train.num_devices` devices; on a CPU `train.concurrent_experts`.
-SIGINT, SIGTERM and SIGUSR1 ask the trainings, through the stop file of each, to save and end; a second signal ends them at once.
+SIGINT, SIGTERM and SIGUSR1 ask the trainings, through the stop file of each, to save and end; a second signal, or
+`train.grace_seconds`, ends those that have not.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from megaxelm.console import TRY_AGAIN, Interrupted
 from megaxelm.errors import Preempted, TrainError
 from megaxelm.recipe import Recipe
 from megaxelm.run import MARKER, RunFolder
-from megaxelm.train.attempts import STOP, begin_attempt, end_attempt, reason_in_log
+from megaxelm.train.attempts import begin_attempt, end_attempt, reason_in_log
 from megaxelm.train.environment import check_compiler, free_port
 from megaxelm.train.hostfile import read_hostfile
 from megaxelm.train.members import Member
+from megaxelm.train.preemption import STOP_FILE
 
 _POLL_SECONDS = 0.3
 
@@ -39,8 +41,6 @@ class LaunchOptions:
     """How `megaxelm train` starts the trainings. `hostfile`: nodes reached by ssh; then one model trains at a time, on all of them."""
 
     hostfile: Path | None = None
-    grace_seconds: float = 300.0
-    """How long a training that is asked to stop may take to save, before it is ended."""
 
 
 @dataclass
@@ -130,8 +130,8 @@ def train_members(run: RunFolder, recipe: Recipe, members: Sequence[Member], opt
                     running.append(_start(run, recipe, waiting.pop(0), slices, free.pop(0), options))
                 time.sleep(_POLL_SECONDS)
                 if signals.asked and deadline is None:
-                    deadline = time.monotonic() + options.grace_seconds
-                    _ask_to_stop(running, options.grace_seconds)
+                    deadline = time.monotonic() + recipe.train.grace_seconds
+                    _ask_to_stop(running, recipe.train.grace_seconds)
                 if deadline is not None and (signals.insisted or time.monotonic() > deadline):
                     for job in running:
                         job.end()
@@ -216,7 +216,7 @@ def _start(run: RunFolder, recipe: Recipe, member: Member, slices: Sequence[list
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     command = training_command(recipe, ["megaxelm.train", str(run.path.resolve()), "--expert", member.name], devices, options.hostfile)
     folder = run.expert(member.name)
-    (folder / STOP).unlink(missing_ok=True)  # a request to an earlier attempt
+    (folder / STOP_FILE).unlink(missing_ok=True)  # a request to an earlier attempt
     begin_attempt(folder)
     log = open(folder / "train.log", "ab")  # noqa: SIM115 - lives as long as the process
     log_start = log.tell()
@@ -230,7 +230,7 @@ def _start(run: RunFolder, recipe: Recipe, member: Member, slices: Sequence[list
 
 def _ask_to_stop(running: Sequence[_Job], grace_seconds: float) -> None:
     for job in running:
-        (job.folder / STOP).touch()
+        (job.folder / STOP_FILE).touch()
     names = ", ".join(job.member.name for job in running)
     if names:
         tqdm.write(f"asked to stop: {names} may take {grace_seconds:g} s to save; a second signal ends at once", file=sys.stderr)
@@ -243,7 +243,7 @@ def _finish(run: RunFolder, job: _Job, asked: bool, failed: list[str], stopped: 
     job.log.close()
     job.end()  # ranks that outlived their launcher
     name, code = job.member.name, job.process.returncode
-    (job.folder / STOP).unlink(missing_ok=True)
+    (job.folder / STOP_FILE).unlink(missing_ok=True)
     if (job.folder / MARKER).exists():
         return
     with open(job.folder / "train.log", "rb") as file:

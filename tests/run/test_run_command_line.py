@@ -229,5 +229,5 @@ def test_a_training_keeps_others_away_and_ends_with_its_run(indexed_run: Path) -
     assert not (indexed_run / "replaced").exists()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "stopped; what was finished stays" in errors
+    assert process.returncode == 75 and "`seed` was stopped and has saved its state" in errors, errors
     assert not Path(f"/proc/{children[0]}").exists()

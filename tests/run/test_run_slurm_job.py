@@ -15,7 +15,8 @@ from megaxelm import slurm_job
 from megaxelm.errors import StageError
 from megaxelm.run import RunFolder
 from megaxelm.slurm_job import SlurmJob, claim, find_fault
-from megaxelm.train.attempts import STOP, last_ending
+from megaxelm.train.attempts import last_ending
+from megaxelm.train.preemption import STOP_FILE
 
 SCONTROL = """#!/bin/sh
 echo "scontrol $*" >> "$CALLS"
@@ -85,10 +86,29 @@ def test_a_signal_to_the_batch_script_is_passed_on(job: Callable[..., tuple[int,
     assert code == 75 and "told" in said and "scontrol requeue 77" in calls
 
 
-@pytest.mark.parametrize("state", [{"FAKE_RESTARTS": "1"}, {"FAKE_STATE": "PENDING"}, {"FAKE_STATE": "CANCELLED"}])
-def test_a_job_that_slurm_has_already_taken_back_is_left_alone(job: Callable[..., tuple[int, str, str]], state: dict[str, str]) -> None:
-    code, said, calls = job("exit 75\n", **state)
-    assert code == 75 and "scontrol requeue" not in calls and "Slurm runs it again" in said
+@pytest.mark.parametrize(
+    ("exit_code", "state", "words"),
+    [
+        ("75", {"FAKE_RESTARTS": "1"}, "Slurm has started this job again elsewhere"),
+        ("75", {"FAKE_STATE": "PENDING"}, "Slurm runs it again, or it was cancelled"),
+        ("1", {"FAKE_STATE": "REQUEUED"}, "Slurm took the job back (requeued)"),
+    ],
+)
+def test_a_job_that_slurm_has_already_taken_back_is_left_alone(
+    job: Callable[..., tuple[int, str, str]], indexed_run: Path, exit_code: str, state: dict[str, str], words: str
+) -> None:
+    code, said, calls = job(f"exit {exit_code}\n", **state)
+    assert code == 75 and "scontrol requeue" not in calls and words in said
+    ending = last_ending(indexed_run / "experts" / "seed")
+    assert (ending is None) == ("FAKE_RESTARTS" in state), "a next life must not find the note of this one"
+
+
+def test_an_earlier_model_of_other_settings_is_set_aside_once(job: Callable[..., tuple[int, str, str]], indexed_run: Path) -> None:
+    (indexed_run / "experts" / "seed").mkdir(parents=True)
+    code, said, _ = job("exit 75\n")
+    assert "is kept in replaced/seed-1" in said
+    code, said, _ = job("exit 75\n")
+    assert "replaced" not in said and (indexed_run / "experts" / "seed" / "made_from.json").exists()
 
 
 @pytest.mark.slow
@@ -134,7 +154,7 @@ with run.lock("experts/seed"):
     assert earlier.poll() is None
     claim(run, "seed", wait=True)
     assert earlier.wait(timeout=10) == 0
-    assert not (run.expert("seed") / STOP).exists(), "or this life would stop as well"
+    assert not (run.expert("seed") / STOP_FILE).exists(), "or this life would stop as well"
     monkeypatch.setattr(slurm_job, "CLAIM_SECONDS", 0.5)
     with run.lock("experts/seed"), pytest.raises(StageError, match="another megaxelm works here"):
         claim(run, "seed", wait=True)

@@ -41,7 +41,7 @@ def until(ready: Callable[[], Any], seconds: float, say: Callable[[], str]) -> A
 
 
 def squeue(*arguments: str) -> str:
-    return subprocess.run(["squeue", "--noheader", "--array", *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["squeue", "--noheader", "--array", *arguments], capture_output=True, text=True).stdout
 
 
 def job_field(job: str, name: str) -> str:
@@ -67,7 +67,7 @@ def status(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path: Path) -> None:
-    train = {"batch_sequences": 8, "steps": 250, "checkpoint_every": 10, "log_every": 5}
+    train = {"batch_sequences": 8, "steps": 800, "checkpoint_every": 10, "log_every": 5}
     tree = tiny_recipe(write_corpus(tmp_path / "corpus"), train=train, clusters={"k": 4}, experts={"dense": False}, seed={"steps": 20})
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(tree))
@@ -100,14 +100,16 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
     assert shown[names[0]]["slurm"].startswith(f"job {array}_0 running on n") and "pending" in shown[names[3]]["slurm"]
     subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
     until(lambda: running_beyond(1, 30), 90, message)
-    subprocess.run(["scancel", "--signal=USR1", f"{array}_1"], check=True)
+    # by its own number: of a task of an array scancel asks again and again
+    job = squeue(f"--jobs={array}_1", "--format=%A").strip()
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
     until(lambda: status(run)[names[1]]["state"] == "preempted", 60, message)
 
     # whichever member is then in its middle on the second node loses that node
     def on_second_node() -> int | None:
         for line in squeue(f"--jobs={array}", "--format=%K|%T|%N").splitlines():
             task, state, node = line.split("|")
-            if state == "RUNNING" and node == "n2" and 10 <= step_of(run, names[int(task)]) < 200:
+            if state == "RUNNING" and node == "n2" and 30 <= step_of(run, names[int(task)]) < 600:
                 return int(task) + 1
         return None
 
@@ -121,11 +123,36 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
     folder = RunFolder(run)
     assert all(folder.marker(f"experts/{name}") for name in names), message()
     resumed = {name: read_json(run / "experts" / name / "choices.json")["resumed_from_step"] for name in names}
-    assert all(resumed[name] > 0 for name in (names[0], names[1], names[task])), (resumed, task)
+    assert all(0 < resumed[name] < 800 for name in (names[0], names[1], names[task])), (resumed, task)
     for name in names:
         steps = [
             json.loads(line)["step"] for line in (run / "experts" / name / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
         ]
-        assert steps == list(range(5, 251, 5)), "no step is lost, none is done twice"
+        assert steps == list(range(5, 801, 5)), "no step is lost, none is done twice"
     assert {line["state"] for line in status(run).values()} == {"done"}
     wait_for(nodes_are_idle, cluster.folder)
+
+
+def test_a_model_on_two_nodes_reads_a_staged_index_and_goes_on_after_a_signal(cluster: Slurm, indexed_run: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((indexed_run / "recipe.yaml").read_text())
+    tree["train"] |= {"steps": 200, "checkpoint_every": 50, "log_every": 5}
+    (indexed_run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--exclusive", f"--output={tmp_path}/seed.log"]
+    script = [str(REPOSITORY / "slurm" / "seed.sbatch"), str(indexed_run), "--stage", str(tmp_path / "local")]
+    env = os.environ | {"MEGAXELM_PYTHON": sys.executable}
+    job = subprocess.run([*sbatch, *script], capture_output=True, text=True, check=True, env=env).stdout.strip()
+
+    def message() -> str:
+        log = tmp_path / "seed.log"
+        return squeue() + (log.read_text(errors="replace")[-6000:] if log.exists() else "no log")
+
+    until(lambda: step_of(indexed_run, "seed") >= 20, 90, message)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    until(lambda: not squeue().strip(), 120, message)
+    log = (tmp_path / "seed.log").read_text()
+    assert RunFolder(indexed_run).marker("experts/seed") is not None, log
+    choices = read_json(indexed_run / "experts" / "seed" / "choices.json")
+    assert (choices["processes"], choices["started_by"]) == (2, "srun")
+    assert choices["resumed_from_step"] % 50 != 0, "it saved when it was told, and went on from there"
+    assert log.count("copied and checked") == 4 and "0 files, 0.0 MB copied" in log, "staged once, found again after the restart"
+    assert f"job {job}, start 2: `seed` on 2 x 1 tasks" in log

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,16 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_recipe
+from tiny_run import REPOSITORY, run_module, tiny_recipe
 
 from megaxelm.console import Interrupted
 from megaxelm.errors import Preempted, TrainError
 from megaxelm.recipe import Recipe, parse_recipe
 from megaxelm.run import RunFolder
 from megaxelm.train import launch
-from megaxelm.train.attempts import STOP, last_ending
+from megaxelm.train.attempts import last_ending
 from megaxelm.train.launch import LaunchOptions, device_slices, train_members, training_command
 from megaxelm.train.members import Member, plan_members
+from megaxelm.train.preemption import STOP_FILE
 
 TRAINER = """
 import os, pathlib, sys, time
@@ -108,28 +110,28 @@ def test_a_signal_lets_the_trainings_save_and_starts_no_more(
     with pytest.raises(Preempted, match=r"`a` was stopped and has saved its state\n`b` was stopped"):
         train_members(run, recipe, members)
     thread.join()
-    assert not (run.expert("c") / "began").exists() and not list(run.path.glob(f"experts/*/{STOP}"))
+    assert not (run.expert("c") / "began").exists() and not list(run.path.glob(f"experts/*/{STOP_FILE}"))
     ending = last_ending(run.expert("a"))
     assert ending is not None and (ending.state, ending.exit_code) == ("preempted", 75)
     assert signal.getsignal(number) is not None and "launch" not in repr(signal.getsignal(number))
 
 
 def test_a_training_that_does_not_save_in_time_is_ended(trainings: Callable[..., tuple[RunFolder, Recipe, list[Member]]]) -> None:
-    run, recipe, members = trainings("deaf", "a", concurrent_experts=2)
+    run, recipe, members = trainings("deaf", "a", concurrent_experts=2, grace_seconds=1.0)
     thread = signal_when([run.expert("deaf") / "began", run.expert("a") / "began"], signal.SIGTERM)
     began = time.monotonic()
     with pytest.raises(Interrupted):
-        train_members(run, recipe, members, LaunchOptions(grace_seconds=1.0))
+        train_members(run, recipe, members)
     thread.join()
     assert 1.0 < time.monotonic() - began < 10
-    assert not (run.expert("deaf") / STOP).exists(), "or the next attempt would stop at once"
+    assert not (run.expert("deaf") / STOP_FILE).exists(), "or the next attempt would stop at once"
 
 
 def test_a_second_signal_ends_at_once(trainings: Callable[..., tuple[RunFolder, Recipe, list[Member]]]) -> None:
-    run, recipe, members = trainings("deaf")
+    run, recipe, members = trainings("deaf", grace_seconds=60.0)
     thread = signal_when([run.expert("deaf") / "began"], signal.SIGINT, signal.SIGINT)
     with pytest.raises(Interrupted):
-        train_members(run, recipe, members, LaunchOptions(grace_seconds=60.0))
+        train_members(run, recipe, members)
     thread.join()
 
 
@@ -162,3 +164,29 @@ def test_deepspeed_is_told_devices_in_the_way_it_heeds(tmp_path: Path) -> None:
     # with --num_gpus it would ignore CUDA_VISIBLE_DEVICES and take the first two for every expert
     assert "--num_gpus" not in training_command(recipe, ["megaxelm.train"], ["2", "3"], None)
     assert training_command(recipe, ["megaxelm.train"], None, tmp_path)[5:7] == ["--hostfile", str(tmp_path)]
+
+
+def test_the_command_refuses_a_hostfile_that_is_missing_and_all_beside_one(indexed_run: Path) -> None:
+    done = run_module("megaxelm.cli", "train", str(indexed_run), "--hostfile", str(indexed_run / "hosts"))
+    assert done.returncode == 2 and "hosts: no such file; write one line a node" in done.stderr and "Traceback" not in done.stderr
+    done = run_module("megaxelm.cli", "train", str(indexed_run), "--all", "--expert", "seed")
+    assert done.returncode == 2 and "--all and --expert seed: give one of them" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_under_deepspeed_save_when_the_command_is_asked_to_stop(indexed_run: Path) -> None:
+    sets = ["train.num_devices=2", "train.steps=2000", "train.checkpoint_every=1000"]
+    command = ["megaxelm.cli", "train", str(indexed_run), "--expert", "seed", *[part for item in sets for part in ("--set", item)]]
+    env = dict(os.environ) | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
+    process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True, env=env)
+    metrics = indexed_run / "experts" / "seed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and "`seed` was stopped and has saved its state" in errors, errors
+    assert 0 < int((indexed_run / "experts" / "seed" / "checkpoints" / "latest").read_text()) < 1000
+    ending = last_ending(indexed_run / "experts" / "seed")
+    assert ending is not None and ending.state == "preempted"
