@@ -189,6 +189,37 @@ def generate(
         print(f"  [{len(result.token_ids)} tokens; mean weights: {weights}]", file=sys.stderr)
 
 
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices of a node that train one model.")],
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a device, e.g. 80GB.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train one model.")] = 1,
+    speed: Annotated[float | None, typer.Option(min=1e-9, help="Tokens a second of all these devices together.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Folder of a trained expert: its speed a device, from metrics.jsonl.")] = None,
+    mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Share of the device's peak, e.g. 0.4; needs --device.")] = None,
+    device: Annotated[str | None, typer.Option(help="A100, H100, H100 PCIe, H200, B200, MI300X.")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Price of a device and hour.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Pieces of the tokenizer, where it cannot be looked at from here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """What a recipe needs before it runs: memory by part, what fits, which configuration to take, steps, time and cost."""
+    import json
+
+    from megaxelm.plan.choose import parse_bytes
+    from megaxelm.plan.table import Hardware, make_plan, show_plan
+    from megaxelm.plan.table import speed as find_speed
+    from megaxelm.train.shape import model_shape
+
+    loaded = load_recipe(recipe, overrides or ())
+    shape = model_shape(loaded, vocab_size)
+    hardware = Hardware(gpus, nodes, parse_bytes(gpu_memory, "--gpu-memory"))
+    tokens_per_second, said = find_speed(shape, loaded, hardware.devices, speed, measured, mfu, device)
+    made = make_plan(loaded, shape, hardware, tokens_per_second, said, price)
+    print(json.dumps(made)) if as_json else show_plan(made)
+
+
 @recipe_app.command("show")
 def recipe_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Print the resolved recipe, every default written out."""
