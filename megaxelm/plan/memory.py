@@ -164,9 +164,9 @@ def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, 
     part = parameters / (world_size if stage else 1)
     on_host = offloads(ds_config, "offload_optimizer")
     bucket = zero.get("reduce_bucket_size", 500_000_000)
-    filled = min(bucket, parameters) * width
+    filled = float(min(bucket, parameters) * width)
     # On a device a buffer is taken whole; on a CPU its pages count when gradients are written into them.
-    buffer = bucket * width if cuda else filled
+    buffer = float(bucket * width) if cuda else filled
     overlap = zero.get("overlap_comm")
     inside, loss = activations(config, work), loss_memory(config, work)
     several = parameters > bucket  # otherwise all gradients fit the bucket, and it is reduced when the activations are gone
@@ -174,11 +174,11 @@ def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, 
     fp32_copy = 0.0 if on_host or (width == 4 and stage == 0) else 4.0 * part
     live = 0.0
     if stage == 0:
-        own, buffer = parameters * grad_width, 0.0
+        own, buffer = float(parameters * grad_width), 0.0
         backward, reduction, held = own, own, own
     elif stage == 1:
         # Gradients of all parameters wait in place for the reduction; then they lie in the bucket, which so outlives the step.
-        own = parameters * grad_width
+        own = float(parameters * grad_width)
         backward, reduction, held = own, own if several else 0.0, own
     elif stage == 2:
         buffer *= 2 if overlap else 1
