@@ -19,11 +19,12 @@ TREE = {
 
 
 def start(folder: Path, name: str, precision: str) -> tuple[dict | None, str, int]:
-    """Result, what was said, and the exit code of two steps."""
+    """Result, what was said, and the exit code of two steps. The first offload on a machine compiles DeepSpeed's CPU Adam, and may not
+    be cut short: the lock of the compilation would stay, and the next start wait for it."""
     file, output = folder / "recipe.yaml", folder / "result.json"
     file.write_text(yaml.safe_dump(TREE))
     arguments = ["--steps", "1", "--output", str(output), "--set", f"train.deepspeed_config={name}"]
-    done = run_module("megaxelm.train.bench_worker", str(file), *arguments, "--set", f"train.precision={precision}")
+    done = run_module("megaxelm.train.bench_worker", str(file), *arguments, "--set", f"train.precision={precision}", timeout=1200)
     return json.loads(output.read_text()) if output.exists() else None, done.stdout + done.stderr, done.returncode
 
 
