@@ -74,6 +74,7 @@ setup(
             "ray>=2.50",
             "k-means-constrained>=0.9",
             "megatron-core>=0.16,<0.17",
+            "accelerate>=1.10",
         ],
     },
     entry_points={"console_scripts": ["megaxelm = megaxelm.cli:main"]},

@@ -18,8 +18,7 @@ import torch
 from megaxelm.model.config import config_from_recipe, num_parameters
 from megaxelm.model.decoder import Decoder
 from megaxelm.recipe import ModelConfig
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
+from megaxelm.train.throughput import attended, peak_tflops, token_flops
 
 
 def shape(cuda: bool) -> tuple[ModelConfig, int, int, int]:
@@ -50,9 +49,7 @@ def main() -> None:
     labels = torch.randint(4, vocab, (sequences * length,), generator=generator).to(device)
     positions = torch.arange(length, device=device).repeat(sequences)
     cu_seqlens = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32)
-    matrices = num_parameters(config) if config.tie_embeddings else num_parameters(config) - vocab * config.hidden_size
-    attention_flops = 6 * config.num_layers * config.num_heads * config.head_dim * length * tokens.numel()
-    flops = 6 * matrices * tokens.numel() + attention_flops
+    flops = token_flops(config, attended([length]) / length) * tokens.numel()
     results: dict[str, dict[str, float]] = {}
     for backend in ("sdpa", "varlen") if cuda else ("sdpa",):
         milliseconds = []
@@ -75,9 +72,9 @@ def main() -> None:
             "p90": round(high, 2),
             "tokens_per_second": round(tokens.numel() / median * 1e3),
         }
-        peak = next((value for name, value in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()), None)
+        peak = peak_tflops(torch.cuda.get_device_name()) if cuda else None
         if peak:
-            results[backend]["mfu"] = round(flops / (median / 1e3) / peak, 4)
+            results[backend]["mfu"] = round(flops / (median / 1e3) / (peak * 1e12), 4)
             results[backend]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         print(f"{backend:<8} " + "  ".join(f"{key} {value:,}" for key, value in results[backend].items()))
     device_name = torch.cuda.get_device_name() if cuda else "cpu"

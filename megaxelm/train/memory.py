@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import torch
@@ -24,10 +26,16 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Peaks count from here on. A kernel that does not allow it keeps the peak since the process began."""
+    """Peaks count from here on. A kernel that does not allow it keeps the peak since the process began.
+
+    On a CPU, what the start has freed goes back to the system first: the C library would keep pages of a whole second copy of the weights,
+    in pieces that are too small for the flat buffers of the optimiser.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
         _CLEAR.write_text("5", encoding="ascii")  # proc(5): resets VmHWM
     except OSError:

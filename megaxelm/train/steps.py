@@ -7,6 +7,7 @@ first forward pass, and DeepSpeed's averaging over ranks and micro-batches is un
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,12 @@ class StepResult:
     grad_norm: float | None
     by_language: torch.Tensor
     applied: bool
+
+    @property
+    def loss(self) -> float:
+        """Nats a predicted token, of this rank."""
+        nats, targets = self.by_language.sum(dim=0).tolist()
+        return nats / targets if targets else math.nan
 
 
 class Steps:

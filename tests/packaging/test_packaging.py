@@ -45,6 +45,7 @@ ALLOWED = {
     "cluster": {"corpus"},
     "model": set(),
     "train": {"corpus", "model", "stages"},  # stages: its entry program alone, see below
+    "plan": {"model", "train"},
     "ensemble": {"corpus", "cluster", "model"},
     "evaluate": {"corpus", "ensemble", "model"},
     "report": set(),

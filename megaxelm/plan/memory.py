@@ -1,0 +1,207 @@
+"""Memory of one device while a model trains, by part, from what DeepSpeed 0.19 allocates.
+
+Sizes are counted in bytes over P parameters, n devices, w bytes a parameter in the compute type and g in the type in which gradients are
+accumulated. Three moments can be the peak of a step, and the largest is the plan:
+
+    backward   what lasts, the activations, the loss, and the gradients as far as they are there
+    reduction  what lasts, the gradients in the bucket, and the copy of them that is reduced
+    step       what lasts, the gradients, an fp32 copy of the partition, and what AdamW takes meanwhile
+
+What lasts: the weights (ZeRO-3: 1/n of them, and the layers that are gathered), fp32 weights and two moments (1/n with ZeRO 1 to 3;
+none besides the weights in fp32 with ZeRO 0 and 3). ZeRO 1 and 2 keep an fp32 copy of their partition even when the weights are fp32.
+Read in DeepSpeed: runtime/zero/stage_1_and_2.py and stage3.py (flat buffers, `setup_buckets`, `allreduce_bucket`, `step`),
+runtime/fp16 (ZeRO 0). Formulas of ZeRO: Rajbhandari et al. 2020, section 5; of activations: Korthikanti et al. 2022, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megaxelm.model.config import DecoderConfig, num_parameters
+from megaxelm.train.ds_config import offloads
+
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+MARGIN = 0.06
+"""Share of a device's memory that the plan leaves to fragments of the allocator, the CUDA context and NCCL's buffers."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device works on at a time. `checkpoint_every`: of each so many layers one is recomputed; 0: none, 1: all."""
+
+    micro_batch_size: int
+    sequence_length: int
+    checkpoint_every: int
+    loss_chunk_rows: int
+    precision: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by part, at the moment `peak` when they are most; `host`: on the host a device, for offload."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    loss: int
+    buckets: int
+    temporary: int
+    host: int
+    peak: str
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device, without the margin."""
+        return self.weights + self.optimizer + self.gradients + self.activations + self.loss + self.buckets + self.temporary
+
+
+def padded_parameters(config: DecoderConfig) -> int:
+    """Parameters as trained: the rows that pad the vocabulary are there too."""
+    tables = 1 if config.tie_embeddings else 2
+    return num_parameters(config) + tables * (config.padded_vocab_size - config.vocab_size) * config.hidden_size
+
+
+def layer_activations(config: DecoderConfig, work: Work) -> int:
+    """Bytes that one layer keeps from its forward to its backward pass.
+
+    A tensor is counted where autograd saves it: the input and the result of a norm, query, key and value before and after the rotation,
+    the result of the attention, the inner tensors of the feed-forward part. Flash attention keeps no scores.
+    """
+    width = _BYTES[work.precision]
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = 2 * hidden + (heads + 2 * kv_heads) + heads
+    if config.positions == "rotary":
+        attention += heads + kv_heads
+    feed_forward = 2 * hidden + (4 if config.activation == "silu_gated" else 2) * inner
+    saved = width * (attention + feed_forward)
+    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" else 2)  # the fp32 copy that the norm's reference keeps
+    scores = 4 * config.num_heads  # log-sum-exp of the attention
+    return work.tokens * (saved + norms + scores)
+
+
+def activations(config: DecoderConfig, work: Work) -> int:
+    """Bytes of all layers together at the end of the forward pass; of a recomputed layer its input alone, and one layer in full."""
+    whole = layer_activations(config, work)
+    kept = work.tokens * config.hidden_size * _BYTES[work.precision]
+    every = work.checkpoint_every
+    recomputed = -(-config.num_layers // every) if every else 0
+    stream = 2 * kept  # embedding and last norm
+    return (config.num_layers - recomputed) * whole + recomputed * kept + (whole if recomputed else 0) + stream
+
+
+def loss_memory(config: DecoderConfig, work: Work) -> int:
+    """Bytes of the head's loss: a chunk of logits (and again in fp32), the head's gradient in fp32 beside that of a chunk, and the gradient
+    of the hidden states."""
+    width = _BYTES[work.precision]
+    rows, vocab, hidden = min(work.loss_chunk_rows, work.tokens), config.padded_vocab_size, config.hidden_size
+    logits = rows * vocab * (width if width == 4 else width + 4)
+    return logits + vocab * hidden * (4 + width) + work.tokens * hidden * width
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What is there besides what lasts, in bytes."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    loss: float = 0.0
+    buckets: float = 0.0
+    temporary: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.activations + self.loss + self.buckets + self.temporary
+
+
+def plan_memory(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, work: Work, cuda: bool) -> Memory:
+    """The memory of one of `world_size` devices.
+
+    Args:
+        ds_config: as it is in its file or filled.
+        cuda: False for processes on a CPU, where pages of a buffer count when they are written, and AdamW is torch's.
+    """
+    zero = ds_config["zero_optimization"]
+    stage, parameters = zero.get("stage", 0), padded_parameters(config)
+    width = _BYTES[work.precision]
+    part = parameters / (world_size if stage else 1)
+    on_host = offloads(ds_config, "offload_optimizer")
+    weights_on_host = offloads(ds_config, "offload_param")
+    master = 4 if work.precision != "fp32" or stage in (1, 2) else 0
+    states = part * (8 + master)
+    weights = parameters * width if stage < 3 else 0.0 if weights_on_host else part * width
+    host = (states + part * (4 + width) if on_host else 0.0) + (part * width if weights_on_host else 0.0)
+    moments = _moments(config, ds_config, world_size, work, cuda)
+    name = max(moments, key=lambda moment: moments[moment].total)
+    peak = moments[name]
+    return Memory(
+        weights=int(weights + peak.weights),
+        optimizer=0 if on_host else int(states),
+        gradients=int(peak.gradients),
+        activations=int(peak.activations),
+        loss=int(peak.loss),
+        buckets=int(peak.buckets),
+        temporary=int(peak.temporary),
+        host=int(host),
+        peak=name,
+    )
+
+
+def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, work: Work, cuda: bool) -> dict[str, _Moment]:
+    """The moments of a step that can be its peak."""
+    zero = ds_config["zero_optimization"]
+    stage, parameters = zero.get("stage", 0), padded_parameters(config)
+    width = _BYTES[work.precision]
+    grad_width = _BYTES[(ds_config.get("data_types") or {}).get("grad_accum_dtype") or work.precision]
+    part = parameters / (world_size if stage else 1)
+    on_host = offloads(ds_config, "offload_optimizer")
+    bucket = zero.get("reduce_bucket_size", 500_000_000)
+    filled = float(min(bucket, parameters) * width)
+    # On a device a buffer is taken whole; on a CPU its pages count when gradients are written into them.
+    buffer = float(bucket * width) if cuda else filled
+    overlap = zero.get("overlap_comm")
+    inside, loss = activations(config, work), loss_memory(config, work)
+    several = parameters > bucket  # otherwise all gradients fit the bucket, and it is reduced when the activations are gone
+    adam = 0.0 if cuda or on_host else 8.0 * part  # torch's AdamW takes two tensors as large as its parameter
+    fp32_copy = 0.0 if on_host or (width == 4 and stage == 0) else 4.0 * part
+    live = 0.0
+    if stage == 0:
+        own, buffer = float(parameters * grad_width), 0.0
+        backward, reduction, held = own, own, own
+    elif stage == 1:
+        # Gradients of all parameters wait in place for the reduction; then they lie in the bucket, which so outlives the step.
+        own = float(parameters * grad_width)
+        backward, reduction, held = own, own if several else 0.0, own
+    elif stage == 2:
+        buffer *= 2 if overlap else 1
+        own = 0.0 if on_host else part * grad_width
+        backward, reduction, held = own if several else 0.0, own if several else 0.0, own
+    else:
+        live = _live_parameters(config, zero, parameters) * width
+        own = 0.0 if on_host else part * grad_width
+        backward, reduction, held = own, own, own
+    in_backward = buffer if stage >= 2 else 0.0
+    return {
+        "backward": _Moment(live, backward, inside, loss, in_backward, filled if several and stage >= 2 else 0.0),
+        "reduction": _Moment(live, reduction, 0.0, 0.0, buffer, filled if world_size > 1 else 0.0),
+        "step": _Moment(0.0, held + fp32_copy, 0.0, 0.0, buffer if stage == 3 else 0.0, adam),
+    }
+
+
+def _live_parameters(config: DecoderConfig, zero: dict[str, Any], parameters: int) -> float:
+    """Parameters that ZeRO-3 has gathered at once: those within `max_reuse_distance` stay, at most `max_live_parameters`."""
+    live = zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", 1e9))
+    reuse = zero.get("stage3_max_reuse_distance", zero.get("max_reuse_distance", 1e9))
+    prefetch = zero.get("stage3_prefetch_bucket_size", zero.get("prefetch_bucket_size", 5e7))
+    layer = (num_parameters(config) - config.vocab_size * config.hidden_size) / config.num_layers
+    table = config.padded_vocab_size * config.hidden_size
+    working = max(layer, table) + prefetch
+    return min(parameters, live, max(working, min(reuse, parameters)))
