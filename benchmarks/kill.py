@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from lives import Life, Lives, faults
+from lives import Death, Life, Lives, faults
 from tiny_run import tiny_recipe, write_corpus
 
 from megaxelm.recipe import parse_recipe
@@ -82,8 +82,17 @@ class Bench:
         shutil.copytree(self.base / "runs" / "tiny", run)
         return run
 
+    def _arguments(self, run: Path) -> list[str]:
+        return [str(run), "--expert", "seed", "--deepspeed_config", str(self.config), *self.sets]
+
     def live(self, run: Path, seconds: float = 600.0) -> Life:
-        return self.lives.live(str(run), "--expert", "seed", "--deepspeed_config", str(self.config), *self.sets, seconds=seconds)
+        return self.lives.live(*self._arguments(run), seconds=seconds)
+
+    def start_up_seconds(self) -> float:
+        """Time from the start of the ranks to the first sample that is read."""
+        began = time.monotonic()
+        self.lives.live(*self._arguments(self.new_run("start-up")), death=Death([("megaxelm.corpus.sampling:Blend.read", 1)]))
+        return time.monotonic() - began
 
     def finish(self, run: Path) -> Life:
         life = self.live(run)
@@ -98,9 +107,7 @@ def measure(bench: Bench, kills: int, draw: random.Random) -> Result:
     result = Result(bench.stage)
     whole_run = bench.new_run("whole")
     whole = bench.finish(whole_run)
-    again = time.monotonic()
-    bench.finish(bench.new_run("start-up"))
-    start_up = max(0.5, time.monotonic() - again - read_metrics(metrics_of(whole_run))[-1]["seconds"])
+    start_up = bench.start_up_seconds()
     while result.kills < kills:
         run, lived = bench.new_run(f"killed-{result.runs}"), []
         result.runs += 1
