@@ -97,6 +97,8 @@ def test_an_unknown_device_has_no_mfu_and_the_console_says_how_to_set_it() -> No
 
 
 def test_the_peak_of_memory_is_what_was_held_at_once() -> None:
+    earlier = torch.ones(75_000_000)
+    del earlier
     reset_peak(CPU)
     before = memory(CPU)
     held = torch.ones(25_000_000)
@@ -139,6 +141,7 @@ def test_a_trace_holds_the_chosen_steps_and_no_others(tmp_path: Path, last: int,
         for number in range(1, last + 1):
             with profile.step(number):
                 torch.ones(8) @ torch.ones(8)
+        assert (tmp_path / "profile").exists() == (last > 3), "a trace is written when its last step is done"
     (trace,) = (tmp_path / "profile").iterdir()
     assert trace.name == f"{name}.json.gz"
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
