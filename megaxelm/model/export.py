@@ -11,6 +11,7 @@ import torch
 
 from megaxelm.errors import ModelError
 from megaxelm.model.hub import check_export, open_pretrained, save_pretrained
+from megaxelm.model.memory import large_blocks_apart
 from megaxelm.model.source import WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,8 +30,9 @@ def write_export(source: WeightSource, target: Path, dtype: str, tokenizer_folde
     if aside.exists():
         shutil.rmtree(aside)
     try:
-        save_pretrained(source, aside, dtype=DTYPES[dtype], tokenizer_folder=tokenizer_folder)
-        check_export(aside, source, texts_tokens)
+        with large_blocks_apart():
+            save_pretrained(source, aside, dtype=DTYPES[dtype], tokenizer_folder=tokenizer_folder)
+            check_export(aside, source, texts_tokens)
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)

@@ -142,7 +142,7 @@ def find_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
         return None, []
     notes = [f"{path}: an unfinished checkpoint, ignored" for path in _unfinished(folder)]
     steps = complete_steps(folder)
-    return (_verified(folder / str(steps[-1])) if steps else None), notes
+    return (verified(folder / str(steps[-1])) if steps else None), notes
 
 
 def point_latest(folder: Path, step: int) -> None:
@@ -173,7 +173,12 @@ def _await_file(path: Path, size: int) -> None:
         time.sleep(0.1)
 
 
-def _verified(tag: Path) -> Saved:
+def verified(tag: Path) -> Saved:
+    """The complete checkpoint in `tag`, its files compared with what was written.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     way_out = f"remove the folder {tag} to resume from the checkpoint before it, or from the start where there is none"
     try:
         note = read_json(tag / COMPLETE, step=int, samples=int, layout=dict, files=dict)

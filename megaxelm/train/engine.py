@@ -11,9 +11,6 @@ afterwards, so its fp32 weights are those of the source in every stage and preci
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from megaxelm.errors import ModelError
 from megaxelm.model.config import DecoderConfig, config_from_recipe, write_config
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import open_pretrained
+from megaxelm.model.memory import large_blocks_apart
 from megaxelm.model.source import WeightSource, drawn_source
 from megaxelm.train.fill import fill_engine
 from megaxelm.train.setting import Setting
@@ -30,7 +28,6 @@ from megaxelm.train.setting import Setting
 __all__ = ["build_model", "fill_engine", "start_engine", "starting_weights"]
 
 MODEL_CONFIG = "model_config.json"
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 
 
 def starting_weights(setting: Setting, tokenizer: Tokenizer) -> WeightSource:
@@ -64,24 +61,8 @@ def build_model(setting: Setting, config: DecoderConfig) -> Decoder:
     in_parts = setting.ds_config["zero_optimization"]["stage"] == 3
     if not in_parts:
         return Decoder(config).train()
-    with _large_blocks_apart(), deepspeed.zero.Init(config_dict_or_path=setting.ds_config):
+    with large_blocks_apart(), deepspeed.zero.Init(config_dict_or_path=setting.ds_config):
         return Decoder(config).train()
-
-
-@contextmanager
-def _large_blocks_apart() -> Iterator[None]:
-    """On a CPU, give memory of freed tensors back at once while whole parameters are cut into parts.
-
-    glibc else keeps the holes that the whole ones leave between the parts: together as large as the other ranks' parts. Afterwards large
-    blocks are kept for the next step again, up to the sizes that glibc itself goes to (mallopt(3)).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: 0)  # other C libraries have none, and other habits
-    mallopt(_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _check_tokenizer_of_seed(seed: str, config: DecoderConfig, tokenizer: Tokenizer) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from megaxelm.corpus.prepare import read_documents
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import CheckpointError, StageError
-from megaxelm.files import hash_file, read_json
 from megaxelm.model.config import read_config
 from megaxelm.model.decoder import parameter_shapes
 from megaxelm.model.export import export_to, write_export
 from megaxelm.model.source import WeightSource
 from megaxelm.run import RunFolder
+from megaxelm.train.checkpoint_folder import verified
 from megaxelm.train.engine import MODEL_CONFIG, starting_weights
 from megaxelm.train.setting import Setting, barrier
 from megaxelm.train.zero_state import CheckpointState
@@ -107,14 +107,7 @@ def _check_complete(tag: Path) -> None:
         raise CheckpointError(f"{tag}: no such checkpoint; there are: {', '.join(steps) or 'none'}")
     if not (tag / "complete.json").exists():
         raise CheckpointError(f"{tag}: unfinished (no complete.json), its saving was interrupted; take an earlier checkpoint")
-    try:
-        files = read_json(tag / "complete.json", files=dict)["files"]
-    except StageError:
-        raise CheckpointError(f"{tag}/complete.json: damaged; take an earlier checkpoint") from None
-    for name, written in files.items():
-        path = tag / name
-        if not path.exists() or path.stat().st_size != written["bytes"] or hash_file(path) != written["xxh3"]:
-            raise CheckpointError(f"{path}: missing, or damaged since it was written; take an earlier checkpoint")
+    verified(tag)
 
 
 def sample_texts(run: RunFolder, tokenizer: Tokenizer, texts: int = 4, tokens: int = 64) -> list[list[int]]:

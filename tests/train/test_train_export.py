@@ -75,7 +75,7 @@ def damage_shapes(checkpoints: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "6"), ["6"], CheckpointError, "no such checkpoint; there are: none"),
         (lambda folder: (folder / "6" / "complete.json").unlink(), ["6"], CheckpointError, "unfinished"),
         (lambda folder: (folder / "latest").unlink(), [""], CheckpointError, "no complete checkpoint there"),
-        (damage_file, ["6"], CheckpointError, "mp_rank_00_model_states.pt: missing, or damaged"),
+        (damage_file, ["6"], CheckpointError, "mp_rank_00_model_states.pt: damaged since"),
         (damage_shapes, ["6"], CheckpointError, r"has shape \(64, 32\), model_config.json asks for \(32, 32\)|has shape \(32, 64\)"),
         (lambda folder: (folder.parent / "model_config.json").unlink(), ["6"], ModelError, "model_config.json: not readable"),
         (lambda folder: None, ["6", "--to", "gguf"], StageError, "--to gguf: hf is the only format"),
