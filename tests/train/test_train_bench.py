@@ -108,6 +108,7 @@ def test_the_pieces_of_a_loaded_tokenizer_are_counted_with_the_added_ones(tmp_pa
         model_shape(loaded)
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_and_an_exhausted_memory_is_a_row(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(TREE))
