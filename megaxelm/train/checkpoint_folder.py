@@ -40,9 +40,13 @@ class Layout:
     ranks: int
     zero_stage: int
     precision: str
+    offload: bool = False
+    """The optimiser works on the host: another Adam, which counts its steps in another form."""
 
     def __str__(self) -> str:
-        return f"{self.ranks} rank{'s' if self.ranks > 1 else ''} of ZeRO {self.zero_stage} in {self.precision}"
+        return f"{self.ranks} rank{'s' if self.ranks > 1 else ''} of ZeRO {self.zero_stage} in {self.precision}" + (
+            ", optimiser on the host" if self.offload else ""
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from megaxelm.errors import Preempted, TrainError
 from megaxelm.files import write_json
 from megaxelm.model.decoder import Decoder
 from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
+from megaxelm.train.ds_config import offloads
 from megaxelm.train.engine import build_model, fill_engine, start_engine, starting_weights
 from megaxelm.train.evaluation import HeldOut
 from megaxelm.train.export import export_trained
@@ -257,7 +258,7 @@ def _checkpoints(setting: Setting) -> Checkpoints:
     config, stage = setting.recipe.train, setting.ds_config["zero_optimization"]["stage"]
     return Checkpoints(
         setting.folder / "checkpoints",
-        Layout(setting.processes.world_size, stage, config.precision),
+        Layout(setting.processes.world_size, stage, config.precision, offloads(setting.ds_config, "offload_optimizer")),
         setting.processes,
         keep=config.keep_checkpoints,
         keep_every=config.keep_every,
@@ -280,6 +281,9 @@ def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progr
         "precision": config.precision,
         "zero_stage": setting.ds_config["zero_optimization"]["stage"],
         "attention": backend,
+        "activation_checkpointing": config.activation_checkpointing,
+        "compile": config.compile,
+        "sequence_parallel": config.sequence_parallel,
         "loss": f"chunks of {config.loss_chunk_rows} rows",
         "micro_batch_size": setting.ds_config["train_micro_batch_size_per_gpu"],
         "gradient_accumulation_steps": setting.ds_config["gradient_accumulation_steps"],

@@ -251,3 +251,24 @@ with Watchdog(0.2) as dog:
     quick = code.replace("time.sleep(1)", "time.sleep(0.05)")
     done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, env=env, timeout=30)
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_training_moves_its_optimiser_to_the_host_and_back(indexed_run: Path) -> None:
+    folder = indexed_run / "experts" / "seed"
+    folder.mkdir(parents=True)
+    overrides = settings("train.steps=6", "train.micro_batch_size=8", "train.precision=fp32")
+    said = []
+    for config, stop in (("zero2", True), ("zero2-offload", True), ("zero2", False)):
+        if stop:
+            (folder / "stop").touch()
+        done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--deepspeed_config", config, *overrides, timeout=900)
+        assert done.returncode == (75 if stop else 0), done.stdout + done.stderr
+        said.append(done.stdout)
+    assert "resumed from step 1, saved by 1 rank of ZeRO 2 in fp32; now 1 rank of ZeRO 2 in fp32, optimiser on the host" in said[1]
+    assert "resumed from step 2, saved by 1 rank of ZeRO 2 in fp32, optimiser on the host; now 1 rank of ZeRO 2 in fp32" in said[2]
+    moved = [line["loss"] for line in lines_of(indexed_run)]
+    folder.rename(indexed_run / "moved")
+    done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--deepspeed_config", "zero2", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert moved == pytest.approx([line["loss"] for line in lines_of(indexed_run)], rel=1e-5) and len(moved) == 6
