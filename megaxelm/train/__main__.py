@@ -22,6 +22,7 @@ from megaxelm.run import MARKER, MadeFrom, RunFolder
 from megaxelm.stages import Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.environment import Processes, check_compiler, check_device, find_processes
+from megaxelm.train.extensions import extensions_root, remove_stale_locks
 from megaxelm.train.members import Member
 from megaxelm.train.preemption import catch_signals
 
@@ -85,6 +86,9 @@ def _train_member(
     ds_config = fill_ds_config(
         find_ds_config(options.deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda
     )
+    if processes.local_rank == 0:
+        for lock in remove_stale_locks(extensions_root()):
+            print(f"removed {lock}, which a killed process left: all that needs this extension would wait for it", flush=True)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
