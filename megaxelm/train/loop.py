@@ -157,14 +157,19 @@ class Loop:
         self._window.add(result)
         self._look_at(result, step)
         last = self.done == member.steps
+        scores: dict[str, float] = {}
+        if held_out is not None and config.evaluate_every and (last or self.done % config.evaluate_every == 0):
+            try:
+                scores = held_out.score(self.steps.engine, watch)
+            except _StopNow:
+                self._log(result, scores)
+                raise
+        # Before it is saved: a resumed training writes no line of the steps that are in its checkpoint.
+        if last or scores or self.done % config.log_every == 0:
+            self._log(result, scores)
         if last or (self.done % config.checkpoint_every == 0 and not self.skipped_in_a_row):
             # Not after a step that was skipped: what made it so may be in the weights, and older checkpoints make room for new ones.
             self._save()
-        scores = {}
-        if held_out is not None and config.evaluate_every and (last or self.done % config.evaluate_every == 0):
-            scores = held_out.score(self.steps.engine, watch)
-        if last or scores or self.done % config.log_every == 0:
-            self._log(result, scores)
 
     def _look_at(self, result: StepResult, step: int) -> None:
         """Count a step that was skipped; after too many in a row it is no accident."""
