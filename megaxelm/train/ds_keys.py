@@ -24,7 +24,6 @@ _NUMBER: _Types = (int, float)
 # Keys at the top level that hold one value.
 _VALUES: dict[str, _Types] = {
     "communication_data_type": (str,),
-    "data_parallel_size": (int,),
     "dataloader_drop_last": (bool,),
     "disable_allgather": (bool,),
     "disable_python_gc": (bool,),
@@ -38,7 +37,6 @@ _VALUES: dict[str, _Types] = {
     "memory_breakdown": (bool,),
     "prescale_gradients": (bool,),
     "seq_parallel_communication_data_type": (str,),
-    "sequence_parallel_size": (int,),
     "steps_per_print": (int,),
     "train_batch_size": (int,),
     "train_micro_batch_size_per_gpu": (int,),
@@ -122,7 +120,6 @@ _MODELS = {
     "compile": ("deepspeed.compile.config", "CompileConfig"),
     "csv_monitor": ("deepspeed.monitor.config", "CSVConfig"),
     "fp16": ("deepspeed.runtime.precision_config", "DeepSpeedFP16Config"),
-    "tensor_parallel": ("deepspeed.runtime.tensor_parallel.config", "TPTrainingConfig"),
     "tensorboard": ("deepspeed.monitor.config", "TensorBoardConfig"),
     "wandb": ("deepspeed.monitor.config", "WandbConfig"),
     "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
@@ -132,11 +129,14 @@ _MODELS = {
 UNUSED = {
     "autotuning": "measure with `megaxelm bench train` instead",
     "data_efficiency": "the samples and their order are the recipe's (train.language_alpha, train.language_weights, train.seed)",
+    "data_parallel_size": "how many ranks share a sequence is the recipe's (train.sequence_parallel)",
     "datastates_ckpt": "checkpoints are written by the trainer (train.async_checkpoints)",
     "expert_parallel": "it is for mixtures of experts within a layer, which the decoder has not",
     "hybrid_engine": "it is for reinforcement learning",
     "pipeline": "the decoder is not a pipeline module",
     "scheduler": "the learning rate is the recipe's (train.schedule)",
+    "sequence_parallel_size": "how many ranks share a sequence is the recipe's (train.sequence_parallel)",
+    "tensor_parallel": "AutoTP's checkpoints cannot be carried over or exported; take ZeRO-3, or train.sequence_parallel for long contexts",
     "torch_autocast": "the precision is the recipe's (train.precision)",
     "weight_quantization": "it is for inference",
 }

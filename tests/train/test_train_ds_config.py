@@ -74,6 +74,8 @@ def test_fp16_is_filled_from_the_recipe_and_refused_on_a_cpu_without_it(monkeypa
         ({"checkpoint": {"writer": {"typ": "FAST"}}}, "`typ` in `checkpoint.writer`; did you mean `type`"),
         ({"wandb": {"enabled": True, "grupp": "x"}}, "`grupp` in `wandb`; did you mean `group`"),
         ({"timers": {"throughput": {"enable": True}}}, "`enable` in `timers.throughput`"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "take out `tensor_parallel`: AutoTP's checkpoints cannot be"),
+        ({"sequence_parallel_size": 2}, "take out `sequence_parallel_size`.*train.sequence_parallel"),
         ({"elasticity": {"enabled": True}}, "`elasticity` was removed from DeepSpeed"),
         (
             {"zero_optimization": {"stage": 1, "cpu_offload": True}},
