@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -146,6 +147,8 @@ class Loop:
             assert stop is not None
             if self.done < self.setting.member.steps:
                 raise self._stopped(stop) from None
+            if self.saved != self.done:
+                self._save()  # all steps are done: what is left is the export
         skipped = self.steps.engine.skipped_steps
         if skipped and self.setting.is_first:
             print(f"`{self.setting.member.name}`: {skipped} of {self.done} steps were skipped: their gradient was not finite", flush=True)
@@ -216,8 +219,11 @@ class Loop:
 
     def _stopped(self, stop: StopRequest) -> Preempted:
         """Save where it stands."""
-        seconds = 0.0 if self.saved == self.done else self._save()
+        began = time.monotonic()
+        if self.saved != self.done:
+            self._save()
         self.checkpoints.finish()
+        seconds = time.monotonic() - began
         stop.obeyed()
         grace = self.setting.recipe.train.grace_seconds
         return Preempted(

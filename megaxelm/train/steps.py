@@ -29,8 +29,9 @@ from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 class StepResult:
     """What one step came to.
 
-    `tokens`: over all ranks; `by_language`: nats and predicted tokens of this rank, [languages, 2] fp64, on its device;
-    `applied`: false when the gradient was not finite and the step was skipped.
+    `tokens`: over all ranks; `grad_norm`: before clipping, None where it was not finite; `applied`: false when the gradient
+    was not finite and the step was skipped; `by_language`: nats and predicted tokens of this rank, [languages, 2] fp64, on its
+    device.
     """
 
     tokens: int
@@ -107,7 +108,8 @@ class Steps:
         engine.step()
         norm = engine.get_global_grad_norm()
         tokens = member.batch_sequences * member.sequence_length
-        return StepResult(tokens, lr, None if norm is None else float(norm), by_language, bool(engine.was_step_applied()))
+        applied = bool(engine.was_step_applied())
+        return StepResult(tokens, lr, float(norm) if applied and norm is not None else None, by_language, applied)
 
     def _add_by_language(self, sums: torch.Tensor, batch: PackedBatch, token_losses: torch.Tensor) -> None:
         numbers = torch.tensor([self.languages.index(language) for language in batch.languages]).to(sums.device, non_blocking=True)

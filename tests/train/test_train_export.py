@@ -31,7 +31,9 @@ def checkpoints(indexed_run: Path) -> Path:
     state = {"module": model.state_dict(), "buffer_names": [], "optimizer": optimizer.state_dict(), "mp_world_size": 1}
     path = folder / "6" / "mp_rank_00_model_states.pt"
     torch.save(state, path)
-    write_json(folder / "6" / "complete.json", {"files": {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path)}}})
+    marker = {"step": 6, "samples": 48, "layout": {"ranks": 1, "zero_stage": 0, "precision": "fp32"}}
+    marker["files"] = {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path)}}
+    write_json(folder / "6" / "complete.json", marker)
     (folder / "latest").write_text("6")
     write_config(config, folder.parent / "model_config.json")
     return folder

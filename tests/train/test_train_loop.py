@@ -22,7 +22,9 @@ from megaxelm.run import MARKER
 from megaxelm.train import preemption
 from megaxelm.train.environment import free_port
 from megaxelm.train.finite import guard
+from megaxelm.train.loop import Loop
 from megaxelm.train.metrics import read_metrics
+from megaxelm.train.steps import StepResult
 
 
 def settings(*overrides: str) -> list[str]:
@@ -96,6 +98,7 @@ sys.exit(entrance.main(sys.argv[1:]))
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1]
     assert lines[2]["loss"] is None and all(math.isfinite(line["loss"]) for line in (lines[3], lines[4]))
     assert lines[4]["loss"] < lines[0]["loss"]
+    assert [("grad_norm" in line) for line in lines] == [True, True, False, True, True], "a norm that is no number is not told"
 
 
 def test_a_plain_optimiser_clips_once_and_tells_the_norm() -> None:
@@ -272,3 +275,31 @@ def test_a_training_moves_its_optimiser_to_the_host_and_back(indexed_run: Path) 
     done = run_module("megaxelm.train", str(indexed_run), "--expert", "seed", "--deepspeed_config", "zero2", *overrides)
     assert done.returncode == 0, done.stderr
     assert moved == pytest.approx([line["loss"] for line in lines_of(indexed_run)], rel=1e-5) and len(moved) == 6
+
+
+def test_a_request_in_the_last_evaluation_does_not_lose_the_last_step() -> None:
+    saved: list[int] = []
+    steps = SimpleNamespace(
+        languages=["en"],
+        blend=SimpleNamespace(counts=lambda samples: {"en": samples}, sequence_length=4),
+        engine=SimpleNamespace(skipped_steps=0),
+        meter=None,
+        run=lambda step: StepResult(8, 0.1, 1.0, torch.ones(1, 2, dtype=torch.float64), True),
+    )
+    config = SimpleNamespace(evaluate_every=2, checkpoint_every=100, log_every=1, grace_seconds=30.0)
+    setting: Any = SimpleNamespace(
+        member=SimpleNamespace(name="seed", steps=2, batch_sequences=2, sequence_length=4),
+        recipe=SimpleNamespace(train=config),
+        processes=SimpleNamespace(world_size=1),
+        device="cpu",
+        is_first=True,
+    )
+    lines: list[dict[str, Any]] = []
+    checkpoints: Any = SimpleNamespace(save=lambda engine, progress: saved.append(progress.step) or 0.0)
+    metrics: Any = SimpleNamespace(write=lines.append)
+    asked = iter([None, "SIGTERM", "SIGTERM", "SIGTERM"])
+    stop: Any = SimpleNamespace(agree=lambda: next(asked))
+    held_out: Any = SimpleNamespace(score=lambda engine, watch: watch())
+    loop = Loop(setting, steps, checkpoints, metrics, 0)  # type: ignore[arg-type]
+    loop.run(range(2), stop, None, held_out)
+    assert saved == [2] and [line["step"] for line in lines] == [1, 2]
