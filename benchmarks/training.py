@@ -39,6 +39,7 @@ from megaxelm.train.bench_worker import RandomWindows, bench_member
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.engine import start_engine
 from megaxelm.train.environment import find_processes
+from megaxelm.train.extensions import extensions_folder
 from megaxelm.train.metrics import Meter
 from megaxelm.train.setting import Setting
 from megaxelm.train.shape import model_shape
@@ -238,6 +239,7 @@ def main() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     processes = find_processes()
+    extensions_folder()
     import deepspeed
 
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")

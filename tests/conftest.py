@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_recipe, write_corpus
 
+from megaxelm.train.extensions import extensions_folder
+
 # Threads of several test processes on the same cores slow each other down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests that start DeepSpeed themselves use the extension that the installation compiled.
+extensions_folder()
 # Names that are not folders must fail at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

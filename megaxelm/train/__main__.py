@@ -22,7 +22,7 @@ from megaxelm.run import MARKER, MadeFrom, RunFolder
 from megaxelm.stages import Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.environment import Processes, check_compiler, check_device, find_processes
-from megaxelm.train.extensions import extensions_root, remove_stale_locks
+from megaxelm.train.extensions import extensions_folder, remove_stale_locks
 from megaxelm.train.members import Member
 from megaxelm.train.preemption import catch_signals
 
@@ -86,8 +86,9 @@ def _train_member(
     ds_config = fill_ds_config(
         find_ds_config(options.deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda
     )
+    extensions = extensions_folder()
     if processes.local_rank == 0:
-        for lock in remove_stale_locks(extensions_root()):
+        for lock in remove_stale_locks(extensions):
             print(f"removed {lock}, which a killed process left: all that needs this extension would wait for it", flush=True)
     import deepspeed
 

@@ -25,6 +25,7 @@ from megaxelm.recipe import Recipe, load_recipe
 from megaxelm.run import RunFolder
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.environment import check_compiler, find_processes
+from megaxelm.train.extensions import extensions_folder
 from megaxelm.train.members import Member
 from megaxelm.train.shape import model_shape
 
@@ -67,6 +68,7 @@ def _bench(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.set)
     check_compiler()
     processes = find_processes()
+    extensions_folder()
 
     import deepspeed
     import torch

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaxelm.errors import TrainError
-from megaxelm.train.extensions import extensions_root, remove_stale_locks
+from megaxelm.train.extensions import extensions_folder, remove_stale_locks
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -206,7 +206,7 @@ def build_extension() -> None:
         TrainError: a tool is missing.
     """
     check_compiler()
-    remove_stale_locks(extensions_root())
+    remove_stale_locks(extensions_folder())
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":

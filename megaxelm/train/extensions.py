@@ -1,4 +1,7 @@
-"""Compiled extensions of torch and DeepSpeed: locks that a killed process left behind.
+"""Compiled extensions of torch and DeepSpeed: where they lie, and locks that a killed process left behind.
+
+torch keeps one build a user, Python and device. Two virtual environments then compile it anew in turn, since its include paths are those
+of the environment, and while one trains the other's processes load a file that changes. So each environment has a folder of its own.
 
 torch marks the building or loading of an extension by a file `lock`, which a killed process leaves; every later start then waits
 for it without end and without a word. The holder keeps the file open, so a lock that nobody has open is nobody's.
@@ -7,20 +10,29 @@ for it without end and without a word. The holder keeps the file open, so a lock
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+
+from megaxelm.files import hash_value
 
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "f2fs"}
 _PAUSE = 1.0  # a holder closes the file a moment before it removes it
 _OTHER_NODES = 1800.0  # seconds after which a lock on a shared file system, whose holder may be on another machine, is nobody's
 
 
-def extensions_root() -> Path:
-    """Where torch keeps compiled extensions."""
+def extensions_folder() -> Path:
+    """Where compiled extensions lie: TORCH_EXTENSIONS_DIR, which is set for this process and its children where it is not."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
+    if given:
+        return Path(given)
+    key = hash_value([sys.prefix, sys.version, version("torch"), version("deepspeed")])[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaxelm" / "torch_extensions" / key
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    return folder
 
 
 def remove_stale_locks(root: Path) -> list[Path]:
@@ -37,7 +49,7 @@ def remove_stale_locks(root: Path) -> list[Path]:
 
 def _unheld(root: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
     """Locks that no process of this machine has open, each with what tells it from a later one of that name."""
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]  # torch puts a folder for Python and device between where it chose the root
     held = _open_files() if locks else set()
     for lock in locks:
         with suppress(FileNotFoundError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megaxelm.train import extensions
-from megaxelm.train.extensions import extensions_root, remove_stale_locks
+from megaxelm.train.extensions import extensions_folder, remove_stale_locks
 
 
 def make_lock(root: Path) -> Path:
@@ -62,10 +62,17 @@ def test_the_file_system_is_that_of_the_nearest_mount() -> None:
     assert extensions._file_system(Path("/proc/self/status")) == "proc"
 
 
-def test_extensions_lie_where_torch_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.cpp_extension import get_default_build_root
+def test_each_environment_has_its_folder_and_a_given_one_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def folder_of(prefix: str) -> Path:
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setattr(extensions.sys, "prefix", prefix)
+        return extensions_folder()
 
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    assert Path(get_default_build_root()) == extensions_root()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one = folder_of("/one")
+    assert tmp_path in one.parents
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(one), "torch and the children find it"
+    assert folder_of("/two") != one
+    assert folder_of("/one") == one
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
-    assert extensions_root() == Path("/elsewhere")
+    assert extensions_folder() == Path("/elsewhere")
