@@ -1,14 +1,24 @@
 """A small real run that several test folders start from, made once up to the token index."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import tiny_recipe, write_corpus
 
 from megaxelm.train.extensions import extensions_folder
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, for its own functions too. Child processes are left as they are.
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton
+
+        triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 # Threads of several test processes on the same cores slow each other down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests that start DeepSpeed themselves use the extension that the installation compiled.
