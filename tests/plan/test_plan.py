@@ -173,6 +173,7 @@ LARGE = TREE | {
     "tokenizer": {"vocab_size": 8192},
     "model": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "intermediate_size": 2816, "max_positions": 512},
     "train": {"sequence_length": 64, "batch_sequences": 2, "micro_batch_size": 1},
+    "clusters": {"k": 2},
 }
 
 
