@@ -56,7 +56,7 @@ def test_losses_of_the_languages_add_up_to_the_loss(indexed_run: Path) -> None:
 
 
 # Stage 0 with a plain optimiser is ours to guard; 2 stands for DeepSpeed's own.
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(indexed_run: Path, tmp_path: Path, stage: int) -> None:
     script = tmp_path / "poisoned.py"
     script.write_text(

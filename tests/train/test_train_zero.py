@@ -53,7 +53,7 @@ def losses_of(run: Path, expert: str) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "experts" / expert / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_ranks_of_each_zero_stage_give_the_loss_curve_of_plain_torch(indexed_run: Path, stage: int) -> None:
     launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "megaxelm.train"]
     done = run_module(
@@ -83,6 +83,7 @@ def start_training(run: Path, *overrides: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_with_the_same_losses(indexed_run: Path, tmp_path: Path) -> None:
     settings = ("train.steps=40", "train.checkpoint_every=4", "model.dropout=0.1", "train.precision=bf16")
     metrics = indexed_run / "experts" / "seed" / "metrics.jsonl"
