@@ -95,8 +95,7 @@ def head_loss_kernel(
         if WITH_GRADIENT:
             weight = tl.load(row_weights + row)
             factor = weight / row_total
-            if HAS_Z:
-                factor = factor * (1.0 + 2.0 * z_loss * lse)
+            z_factor = factor * (2.0 * z_loss * lse)
             token = label.to(tl.int32)
             # Backwards: the end of the row is what the cache still holds.
             for step in range(num_tiles):
@@ -107,7 +106,12 @@ def head_loss_kernel(
                     bent = _tanh(z / soft_cap)
                     z = soft_cap * bent
                     slope = (1.0 - bent) * (1.0 + bent)
-                gradient = (tl.exp(z - row_top) * factor - tl.where(at == token, weight, 0.0)) * slope
+                share = tl.exp(z - row_top)
+                gradient = share * factor - tl.where(at == token, weight, 0.0)
+                if HAS_Z:
+                    # On its own: added to the factor, it loses its digits beside the 1 of a token that is certain.
+                    gradient += share * z_factor
+                gradient = gradient * slope
                 gradient = tl.where(at < vocab_size, gradient, 0.0)
                 tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < columns)
 
