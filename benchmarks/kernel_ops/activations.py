@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernels import Entry, Side
 from torch import Tensor
 
+from kernels import Entry, Side
 from megaxelm_kernels import activations
 
 KINDS = ("swiglu", "gelu + bias", "gelu + bias, tanh", "gelu")
