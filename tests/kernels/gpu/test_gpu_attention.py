@@ -7,7 +7,7 @@ import torch
 from packed_batches import LAYOUTS, inputs
 from torch import Tensor
 
-from megaxelm_kernels.attention import BACKENDS, PackedLayout, choose_backend, packed_attention, packed_attention_reference
+from megaxelm_kernels.attention import BACKENDS, PackedLayout, choose_backend, packed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
