@@ -229,7 +229,9 @@ def apply_rotary_qk(
         reason = _overlap(q, k)
         if reason is not None:
             raise ValueError(f"in_place: {reason}; pass in_place=False")
-        if torch.is_grad_enabled() and any(x.requires_grad and (x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad)) for x in (q, k)):
+        if torch.is_grad_enabled() and any(
+            x.requires_grad and (x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad)) for x in (q, k)
+        ):
             raise ValueError("in_place: q or k is a leaf that needs its gradient, or a view of one; pass in_place=False")
     return _RotateBoth.apply(q, k, cos, sin, 1, interleaved, in_place, kernels)
 
