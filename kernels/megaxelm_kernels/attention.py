@@ -1,187 +1,106 @@
 """Causal attention over packed documents: a token sees the earlier tokens of its own document and nothing else.
 
-`PackedLayout` is built once a forward pass from `cu_seqlens`. Backends:
+`PackedLayout` is built once a forward pass from `cu_seqlens`. `choose_backend` says which kernel runs: those of `attention_backends.py`, or
 
 - `sdpa`: any device. Documents are laid in rows of about the length of the longest, several short ones in one row with a
   block-diagonal mask, so memory and work are about N x longest, never N x N.
-- `varlen`: `torch.nn.attention.varlen` on CUDA, in bf16 or fp16; no attention dropout.
+- `reference`: explicit scores, for tests.
+
+Padding after the last document must be a document of its own: the kernels leave the gradients of tokens without one undefined.
 """
 
 from __future__ import annotations
-
-import inspect
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("sdpa", "varlen")
-_SHORTEST_ROW = 128  # tokens; shorter rows would be many tiny products
+from megaxelm_kernels.attention_backends import BACKENDS, HALF_TYPES, call_flash, call_flex, call_varlen, capability, load
+from megaxelm_kernels.packed_layout import PackedLayout
+
+__all__ = ["BACKENDS", "PackedLayout", "choose_backend", "describe_backend", "packed_attention", "packed_attention_reference"]
+
+AUTO_ORDER = ("flash4", "flash3", "flash2", "varlen")  # on CUDA, fastest first; then sdpa
 _SHORT_ROW = 128  # tokens; see `_short_rows`
-_PADDING_ALLOWED = 1.25  # rows of one document need no mask: worth this much padding
 
 
-@cache
-def _varlen_attn() -> Any | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+def _obstacle(
+    name: str, device: torch.device | str, attention_dropout: float, head_dim: int | None, dtype: torch.dtype | None
+) -> tuple[str, str] | None:
+    """Why a backend cannot do it here and what to do, or None. `head_dim` and `dtype` None: not asked about."""
+    backend = BACKENDS[name]
+    kind = torch.device(device).type
+    if backend.devices and kind not in backend.devices:
+        return f"works on {' and '.join(x.upper() for x in backend.devices)} only, this is {kind}", "choose auto or sdpa"
+    if backend.module is not None and load(name)[0] is None:
+        return f"{backend.module} does not import ({load(name)[1]})", f"{backend.install}, or choose auto or sdpa"
+    found = capability(device)
+    if backend.majors and found is not None and found[0] not in backend.majors:
+        wanted = ", ".join(f"{major}.x" for major in backend.majors)
+        return f"needs compute capability {wanted}, this device has {found[0]}.{found[1]}", "choose auto or sdpa"
+    if attention_dropout > 0 and not backend.dropout:
+        able = " or ".join(other.name for other in BACKENDS.values() if other.dropout)
+        return f"has no attention dropout, which is {attention_dropout}", f"set it to 0 or choose {able}"
+    if dtype is not None and backend.half_only and dtype not in HALF_TYPES:
+        return f"takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}", "choose sdpa or another precision"
+    if head_dim is not None and backend.head_dim_largest is not None:
+        low, high, multiple = backend.head_dim_smallest, backend.head_dim_largest, backend.head_dim_multiple
+        if not low <= head_dim <= high or head_dim % multiple:
+            rule = f"takes {low} to {high} features a head" + ("" if multiple == 1 else f" in multiples of {multiple}")
+            return f"{rule}, not head_dim = {head_dim}", "choose sdpa or another head_dim"
+    return None
 
 
-def choose_backend(requested: str, device: torch.device | str, attention_dropout: float) -> str:
-    """The backend for `requested` (`auto`, `sdpa` or `varlen`): `auto` takes `varlen` on CUDA where torch has it and there is no dropout.
+def choose_backend(
+    requested: str,
+    device: torch.device | str,
+    attention_dropout: float,
+    *,
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend for `requested`, a name of `BACKENDS` or `auto`: on CUDA the first of flash4, flash3, flash2, varlen that imports,
+    fits the device and has dropout where `attention_dropout` > 0; else sdpa. `head_dim` and `dtype`, where given, must fit too.
 
     Raises:
         ValueError: an unknown name, or a backend that was asked for and cannot do it here.
     """
-    kind = torch.device(device).type
     if requested == "auto":
-        return "varlen" if kind == "cuda" and attention_dropout == 0 and _varlen_attn() is not None else "sdpa"
+        if torch.device(device).type == "cuda":
+            for name in AUTO_ORDER:
+                if _obstacle(name, device, attention_dropout, head_dim, dtype) is None:
+                    return name
+        return "sdpa"
     if requested not in BACKENDS:
         raise ValueError(f"attention = {requested!r}: choose auto, {' or '.join(BACKENDS)}")
-    if requested == "varlen":
-        if kind != "cuda":
-            raise ValueError(f"attention = varlen: works on CUDA only, this is {kind}; choose auto or sdpa")
-        if _varlen_attn() is None:
-            raise ValueError(f"attention = varlen: torch {torch.__version__} has no torch.nn.attention.varlen; choose auto or sdpa")
-        if attention_dropout > 0:
-            raise ValueError(f"attention = varlen: has no attention dropout, which is {attention_dropout}; set it to 0 or choose sdpa")
+    obstacle = _obstacle(requested, device, attention_dropout, head_dim, dtype)
+    if obstacle is not None:
+        raise ValueError(f"attention = {requested}: {'; '.join(obstacle)}")
     return requested
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Where each document lies: `num_rows` rows of `length` tokens. `slots` [N] is None when the rows are exactly the packed tokens."""
-
-    num_rows: int
-    length: int
-    slots: list[int] | None
-    one_document_a_row: bool
-
-
-def _plan_rows(lengths: list[int]) -> _Rows:
-    total, longest = sum(lengths), max(lengths)
-    if len(lengths) * longest <= _PADDING_ALLOWED * total:
-        if len(lengths) * longest == total:
-            return _Rows(len(lengths), longest, None, True)
-        slots = [row * longest + i for row, length in enumerate(lengths) for i in range(length)]
-        return _Rows(len(lengths), longest, slots, True)
-    aligned = _aligned_length(lengths, total, longest)
-    if aligned is not None:
-        return _Rows(total // aligned, aligned, None, False)
-    row, used, limit = 0, 0, max(longest, _SHORTEST_ROW)
-    places: list[tuple[int, int]] = []
-    fullest = 0
-    for length in lengths:
-        if used + length > limit:
-            row, used = row + 1, 0
-        places.append((row, used))
-        used += length
-        fullest = max(fullest, used)
-    slots = [row * fullest + start + i for (row, start), length in zip(places, lengths, strict=True) for i in range(length)]
-    return _Rows(row + 1, fullest, slots, False)
-
-
-def _aligned_length(lengths: list[int], total: int, longest: int) -> int | None:
-    """The shortest row length that cuts the packed tokens only between documents, such as that of the training windows."""
-    ends, end = set(), 0
-    for length in lengths:
-        end += length
-        ends.add(end)
-    limit = max(2 * longest, 2 * _SHORTEST_ROW)
-    for num_rows in range(total // longest, 0, -1):
-        length = total // num_rows
-        if length > limit:
-            return None
-        if total % num_rows == 0 and all(row * length in ends for row in range(1, num_rows + 1)):
-            return length
-    return None
-
-
-class PackedLayout:
-    """Which tokens of a packed batch belong together.
-
-    Args:
-        cu_seqlens: [S + 1] integers, 0 first, the end of each document after it, N last. On any device; on a GPU the values are
-            read once, which waits for it.
-        device: where the masks are needed; default: that of `cu_seqlens`.
+def describe_backend(
+    requested: str,
+    device: torch.device | str,
+    attention_dropout: float,
+    *,
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """One line on what `choose_backend` takes and why, for the user: `sdpa (...): auto; flash4 works on CUDA only, this is cpu; ...`.
 
     Raises:
-        ValueError: an empty list, a start other than 0, or a document without tokens.
+        ValueError: as `choose_backend`.
     """
-
-    def __init__(self, cu_seqlens: Tensor, device: torch.device | None = None) -> None:
-        ends = cu_seqlens.tolist()
-        if cu_seqlens.ndim != 1 or len(ends) < 2 or ends[0] != 0:
-            raise ValueError(f"cu_seqlens of shape {tuple(cu_seqlens.shape)}: expected [S + 1] with S >= 1, starting with 0")
-        self.lengths: list[int] = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
-        if min(self.lengths) < 1:
-            at = next(i for i, length in enumerate(self.lengths) if length < 1)
-            raise ValueError(f"cu_seqlens: document {at} has {self.lengths[at]} tokens; leave empty documents out")
-        self.num_tokens: int = ends[-1]
-        self.longest: int = max(self.lengths)
-        self.device = cu_seqlens.device if device is None else device
-        self.cu_seqlens = cu_seqlens.to(device=self.device, dtype=torch.int32)
-        self._plan: _Rows | None = None
-        self._slots: Tensor | None = None
-        self._masks: dict[tuple[int | None, torch.dtype, bool], Tensor | None] = {}
-
-    @property
-    def rows(self) -> _Rows:
-        """The plan of the `sdpa` backend, made at the first call."""
-        if self._plan is None:
-            self._plan = _plan_rows(self.lengths)
-            if self._plan.slots is not None:
-                self._slots = torch.tensor(self._plan.slots, dtype=torch.int64, device=self.device)
-        return self._plan
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        """[N, heads, d] -> [rows, heads, length, d], zeros where a row has no token."""
-        rows = self.rows
-        if self._slots is not None:
-            x = x.new_zeros(rows.num_rows * rows.length, *x.shape[1:]).index_copy(0, self._slots, x)
-        return x.view(rows.num_rows, rows.length, *x.shape[1:]).transpose(1, 2)
-
-    def from_rows(self, x: Tensor) -> Tensor:
-        """[rows, heads, length, d] -> [N, heads, d]."""
-        rows = self.rows
-        x = x.transpose(1, 2).reshape(rows.num_rows * rows.length, x.shape[1], x.shape[3])
-        return x if self._slots is None else x.index_select(0, self._slots)
-
-    def mask(self, sliding_window: int | None, dtype: torch.dtype, causal: bool = False) -> Tensor | None:
-        """Additive mask [rows or 1, 1, length, length] of 0 and -inf, or None where plain causal attention is the same unless `causal`.
-
-        A place without a token sees the other such places before it and itself, so no row of the softmax is empty.
-        """
-        rows = self.rows
-        if sliding_window is not None and sliding_window >= rows.length:
-            sliding_window = None
-        key = (sliding_window, dtype, causal)
-        if key not in self._masks:
-            self._masks[key] = self._make_mask(rows, sliding_window, dtype, causal)
-        return self._masks[key]
-
-    def _make_mask(self, rows: _Rows, sliding_window: int | None, dtype: torch.dtype, causal: bool) -> Tensor | None:
-        if rows.one_document_a_row and sliding_window is None and not causal:
-            return None
-        place = torch.arange(rows.length, device=self.device)
-        distance = place[:, None] - place[None, :]
-        seen = (distance >= 0)[None]
-        if sliding_window is not None:
-            seen = seen & (distance < sliding_window)
-        if not rows.one_document_a_row:
-            lengths = torch.tensor(self.lengths, device=self.device)
-            documents = torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=self.num_tokens)
-            if self._slots is not None:
-                documents = documents.new_full((rows.num_rows * rows.length,), -1).index_copy(0, self._slots, documents)
-            documents = documents.view(rows.num_rows, rows.length)
-            seen = seen & (documents[:, :, None] == documents[:, None, :])
-        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)[:, None]
+    chosen = choose_backend(requested, device, attention_dropout, head_dim=head_dim, dtype=dtype)
+    line = f"{chosen} ({BACKENDS[chosen].about}): "
+    if requested != "auto":
+        return line + "asked for"
+    if torch.device(device).type != "cuda":
+        return line + f"auto; the packed kernels work on CUDA only, this is {torch.device(device).type}"
+    passed = AUTO_ORDER[: AUTO_ORDER.index(chosen)] if chosen in AUTO_ORDER else AUTO_ORDER
+    obstacles = [(name, _obstacle(name, device, attention_dropout, head_dim, dtype)) for name in passed]
+    return line + "; ".join(["auto", *(f"{name} {why[0]}" for name, why in obstacles if why is not None)])
 
 
 def packed_attention(
@@ -205,10 +124,27 @@ def packed_attention(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together or the layout's {layout.num_tokens} tokens"
         )
-    if backend == "varlen":
-        return _varlen(q, k, v, layout, sliding_window, dropout_p)
-    if backend != "sdpa":
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit together: the last sizes must be equal")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window = {sliding_window}: choose 1 or more tokens, or None for no window")
+    if backend not in BACKENDS:
         raise ValueError(f"attention backend = {backend!r}: choose {' or '.join(BACKENDS)}")
+    choose_backend(backend, q.device, dropout_p, head_dim=q.shape[-1], dtype=q.dtype)
+    if sliding_window is not None and sliding_window >= layout.longest:
+        sliding_window = None
+    if backend == "varlen":
+        return call_varlen(q, k, v, layout, sliding_window)
+    if backend in ("flash2", "flash3", "flash4"):
+        return call_flash(backend, q, k, v, layout, sliding_window, dropout_p)
+    if backend == "flex":
+        return call_flex(q, k, v, layout, sliding_window)
+    if backend == "reference":
+        return packed_attention_reference(q, k, v, layout, sliding_window=sliding_window)
+    return _sdpa(q, k, v, layout, sliding_window, dropout_p)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, sliding_window: int | None, dropout_p: float) -> Tensor:
     if q.device.type != "cpu" and k.shape[1] != q.shape[1]:
         # The fused CUDA kernels with a mask have no grouped queries: torch would fall back to full scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -235,27 +171,6 @@ def _short_rows(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, sliding_w
     scores = (rows_q * q.shape[-1] ** -0.5) @ rows_k.transpose(2, 3)
     scores += layout.mask(sliding_window, q.dtype, causal=True)
     return layout.from_rows(F.dropout(scores.softmax(dim=-1), dropout_p) @ rows_v)
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, sliding_window: int | None, dropout_p: float) -> Tensor:
-    choose_backend("varlen", q.device, dropout_p)
-    attend = _varlen_attn()
-    assert attend is not None  # choose_backend has raised otherwise
-    accepted = inspect.signature(attend).parameters
-    options: dict[str, Any] = {}
-    if "window_size" in accepted:
-        options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    elif sliding_window is not None:
-        raise ValueError(f"attention = varlen: torch {torch.__version__} has no sliding window there; choose sdpa")
-    else:
-        options["is_causal"] = True
-    if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in accepted:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    ends = layout.cu_seqlens
-    return attend(q, k, v, ends, ends, layout.longest, layout.longest, **options)
 
 
 def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, *, sliding_window: int | None = None) -> Tensor:
