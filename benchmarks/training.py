@@ -40,11 +40,11 @@ from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.engine import start_engine
 from megaxelm.train.environment import find_processes
 from megaxelm.train.extensions import extensions_folder
+from megaxelm.train.forward import forward_options
 from megaxelm.train.metrics import Meter
 from megaxelm.train.setting import Setting
 from megaxelm.train.shape import model_shape
 from megaxelm.train.steps import Steps
-from megaxelm_kernels.attention import choose_backend
 
 COMPARED = 3  # steps whose losses are compared
 Losses = list[float]
@@ -76,9 +76,8 @@ def ours(setting: Setting, start: Decoder, windows: RandomWindows) -> Turn:
     model.load_state_dict(start.state_dict())
     engine = start_engine(setting, model.train())
     meter = Meter(config, setting.member.sequence_length, 1, setting.device, None)
-    backend = attention(setting)
     blend: Any = windows
-    steps = Steps(setting, engine, blend, {"attention": backend, "loss_chunk_rows": setting.recipe.train.loss_chunk_rows}, meter)
+    steps = Steps(setting, engine, blend, forward_options(setting.recipe.train, config, setting.device), meter)
 
     def turn(first: int, count: int) -> tuple[Losses, list[float]]:
         losses, seconds = [], []
@@ -90,11 +89,6 @@ def ours(setting: Setting, start: Decoder, windows: RandomWindows) -> Turn:
         return losses, seconds
 
     return turn
-
-
-def attention(setting: Setting) -> str:
-    """The attention backend that a training would choose."""
-    return choose_backend("sdpa" if setting.recipe.train.precision == "fp32" else "auto", setting.device, 0.0)
 
 
 def bare_torch(setting: Setting, start: Decoder, windows: RandomWindows) -> Turn:
@@ -109,21 +103,14 @@ def bare_torch(setting: Setting, start: Decoder, windows: RandomWindows) -> Turn
     optimizer = torch.optim.AdamW(
         masters, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=0.0, fused=device.type == "cuda" or None
     )
-    backend = attention(setting)
+    options = forward_options(train, start.config, device)
     micro, batch = setting.ds_config["train_micro_batch_size_per_gpu"], setting.member.batch_sequences
 
     def one(step: int) -> float:
         targets, total = batch * train.sequence_length, 0.0
         for at in range(step * batch, (step + 1) * batch, micro):
             packed = pack(windows.read(at, micro), True).to(device)
-            output = model(
-                packed.tokens,
-                packed.positions,
-                packed.cu_seqlens,
-                labels=packed.labels,
-                attention=backend,
-                loss_chunk_rows=train.loss_chunk_rows,
-            )
+            output = model(packed.tokens, packed.positions, packed.cu_seqlens, labels=packed.labels, **options)
             (output.loss_sum / targets).backward()
             total += float(output.loss_sum.detach())
         if masters is not weights:

@@ -22,6 +22,7 @@ from megaxelm.recipe import load_recipe
 from megaxelm.train import bench
 from megaxelm.train.ds_config import find_ds_config, read_ds_config
 from megaxelm.train.shape import model_shape
+from megaxelm_kernels.backend import choose_kernels
 
 
 def main() -> None:
@@ -46,9 +47,9 @@ def main() -> None:
     for row in rows:
         kind = row.case.activation_checkpointing
         every = {"none": 0, "full": 1}.get(kind) if not kind.isdigit() else int(kind)
-        work = Work(
-            row.case.micro_batch_size, recipe.train.sequence_length, every or 0, recipe.train.loss_chunk_rows, recipe.train.precision
-        )
+        train = recipe.train
+        kernels = choose_kernels(train.kernels, "cuda" if cuda else "cpu")
+        work = Work(row.case.micro_batch_size, train.sequence_length, every or 0, train.loss_chunk_rows, train.precision, kernels)
         plan = plan_memory(shape, read_ds_config(find_ds_config(row.case.config)), recipe.train.num_devices, work, cuda).total
         found.append(asdict(row) | {"planned_memory": plan})
         if row.peak_memory:

@@ -29,7 +29,7 @@ def document_streams(
     documents_ids: Sequence[Sequence[int]],
     start_id: int,
     token_budget: int = TOKEN_BUDGET,
-    rows_per_chunk: int = 1024,
+    rows_per_chunk: int | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Tensor]:
     """Log-probability of each id of each document under one model: a list of [tokens] fp32, in the order of the documents.

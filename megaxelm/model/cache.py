@@ -60,6 +60,8 @@ class CachedSurroundings:
     rotary: tuple[Tensor, Tensor] | None
     slots: Tensor  # [batch, width] where each new token is stored
     mask: Tensor  # additive [batch, 1, width, places]
+    kernels: str = "torch"
+    exclusive: bool = True
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, width = self.slots.shape
@@ -82,7 +84,13 @@ class CachedSurroundings:
 
 
 def surroundings(
-    cache: KVCache, lengths: Tensor, width: int, sliding_window: int | None, rotary: tuple[Tensor, Tensor] | None, positions: Tensor
+    cache: KVCache,
+    lengths: Tensor,
+    width: int,
+    sliding_window: int | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    positions: Tensor,
+    kernels: str = "torch",
 ) -> CachedSurroundings:
     """Who sees whom in one call of cached decoding; `positions` [batch, width] continue each row's text."""
     places = cache.reserve(lengths, width)
@@ -96,4 +104,4 @@ def surroundings(
         # Columns of padding may lie a whole window behind the last place; the first place keeps their softmax from being empty.
         seen = seen | (~fresh[:, :, None] & (torch.arange(places, device=device) == 0))
     mask = torch.zeros(seen.shape, dtype=torch.float32, device=device).masked_fill_(~seen, -torch.inf)[:, None]
-    return CachedSurroundings(cache, rotary, slots, mask)
+    return CachedSurroundings(cache, rotary, slots, mask, kernels)

@@ -23,6 +23,7 @@ from megaxelm.model.cache import KVCache
 from megaxelm.model.config import DecoderConfig
 from megaxelm.model.layers import DecoderLayer, Embedding, Head, Norm, PackedSurroundings
 from megaxelm_kernels.attention import PackedLayout, choose_backend
+from megaxelm_kernels.backend import choose_kernels
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 from megaxelm_kernels.linear_cross_entropy import IGNORE_INDEX
 from megaxelm_kernels.rotary import inverse_frequencies, rotary_tables
@@ -103,8 +104,9 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         dropout: DropoutKey | None = None,
-        loss_chunk_rows: int = 1024,
+        loss_chunk_rows: int | None = None,
         attention: str = "sdpa",
+        kernels: str = "auto",
         exchange: Callable[..., Tensor] | None = None,
     ) -> Tensor | LossOutput:
         """Hidden states after the last norm [N, H], or with `labels` the loss.
@@ -115,19 +117,21 @@ class Decoder(nn.Module):
             labels: [N] int64, the token that each position shall predict; -100 is not counted.
             loss_weights: [N], weight of each token in the sum.
             dropout: keys of the tokens; needed in training mode when `residual_dropout` is above 0, unused otherwise.
-            loss_chunk_rows: rows of logits that exist at one time.
-            attention: `auto`, `sdpa` or `varlen`.
+            loss_chunk_rows: rows of logits that exist at one time; None: what a memory budget holds.
+            attention: `auto` or a backend of `megaxelm_kernels.attention`.
+            kernels: `auto`, `triton` or `torch`.
             exchange: where several ranks share the tokens of the batch `cu_seqlens`, of which `tokens` are this rank's slice: calls
                 attention with all tokens of some heads (`megaxelm.train.ulysses`).
 
         Raises:
             ModelError: shapes that do not fit, an empty document, a backend that is missing here, dropout without keys.
         """
-        hidden = self._hidden(tokens, positions, cu_seqlens, dropout, attention, exchange=exchange)
+        kernels = self._kernels(kernels)
+        hidden = self._hidden(tokens, positions, cu_seqlens, dropout, attention, kernels, exchange=exchange)
         if labels is None:
             return hidden
         _same_length("labels", labels, tokens)
-        loss_sum, token_losses = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows)
+        loss_sum, token_losses = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows, kernels=kernels)
         return LossOutput(loss_sum, (labels != IGNORE_INDEX).sum(), token_losses)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -141,13 +145,15 @@ class Decoder(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor | PackedLayout,
         labels: Tensor,
-        rows_per_chunk: int = 1024,
+        rows_per_chunk: int | None = None,
         attention: str = "sdpa",
+        kernels: str = "auto",
     ) -> TokenScores:
         """log p(label) of each token of a packed batch; full logits exist for `rows_per_chunk` tokens at a time."""
-        hidden = self._hidden(tokens, positions, cu_seqlens, None, attention, training=False)
+        kernels = self._kernels(kernels)
+        hidden = self._hidden(tokens, positions, cu_seqlens, None, attention, kernels, training=False)
         _same_length("labels", labels, tokens)
-        return TokenScores(self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True).float())
+        return TokenScores(self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True, kernels=kernels).float())
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `max_length` tokens.
@@ -181,11 +187,12 @@ class Decoder(nn.Module):
             )
         positions = cache.lengths[:, None] + torch.arange(width, device=tokens.device)
         flat = positions.flatten()
-        around = cached.surroundings(cache, lengths, width, self.config.sliding_window, self._rotary(flat), positions)
+        kernels = self._kernels("auto")
+        around = cached.surroundings(cache, lengths, width, self.config.sliding_window, self._rotary(flat), positions, kernels)
         x = self._embed(tokens.flatten(), flat)
         for layer in self.layers:
             x = layer(x, around)
-        x = self.norm(x).view(batch, width, -1)
+        x = self.norm(x, kernels).view(batch, width, -1)
         cache.lengths = cache.lengths + lengths
         cache.longest = around.mask.shape[-1]
         if all_positions:
@@ -199,6 +206,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | PackedLayout,
         dropout: DropoutKey | None,
         attention: str,
+        kernels: str,
         training: bool | None = None,
         exchange: Callable[..., Tensor] | None = None,
     ) -> Tensor:
@@ -210,7 +218,7 @@ class Decoder(nn.Module):
         try:
             layout = cu_seqlens if isinstance(cu_seqlens, PackedLayout) else PackedLayout(cu_seqlens, tokens.device)
             attention_dropout = config.attention_dropout if training else 0.0
-            backend = choose_backend(attention, tokens.device, attention_dropout)
+            backend = choose_backend(attention, tokens.device, attention_dropout, head_dim=config.head_dim, dtype=self.dtype)
         except ValueError as error:
             raise ModelError(str(error)) from None
         if layout.num_tokens != tokens.shape[0] and exchange is None:
@@ -230,6 +238,7 @@ class Decoder(nn.Module):
             rotary=self._rotary(positions),
             sliding_window=config.sliding_window,
             backend=backend,
+            kernels=kernels,
             attention_dropout=attention_dropout,
             residual_dropout=config.residual_dropout,
             dropout=dropout if drops else None,
@@ -243,7 +252,15 @@ class Decoder(nn.Module):
                 x = checkpoint(run, x, around, use_reentrant=False, preserve_rng_state=attention_dropout > 0)
             else:
                 x = layer(x, around)
-        return self.norm(x)
+        return self.norm(x, kernels)
+
+    def _kernels(self, requested: str) -> str:
+        if requested == "auto" and self.dtype == torch.float64:
+            return "torch"  # the kernels compute in fp32
+        try:
+            return choose_kernels(requested, self.device)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)

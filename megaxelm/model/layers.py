@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaxelm.model.config import DecoderConfig
+from megaxelm_kernels.activations import gelu_bias, swiglu
 from megaxelm_kernels.attention import PackedLayout, packed_attention
 from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
 from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy_each, target_logprobs
-from megaxelm_kernels.norms import layer_norm, rms_norm
-from megaxelm_kernels.rotary import apply_rotary
+from megaxelm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megaxelm_kernels.rotary import apply_rotary_qk, norm_rotary_qk
 
 SITES_A_LAYER = 2  # attention output, feed-forward output; site 0 of the whole model is the embedding
 
@@ -24,6 +25,10 @@ class Surroundings(Protocol):
     """What a layer needs besides its input: positions, who sees whom, and dropout."""
 
     rotary: tuple[Tensor, Tensor] | None
+    kernels: str
+    """`triton` or `torch`: which implementation of norms, activations, rotary positions and the loss runs."""
+    exclusive: bool
+    """Whether attention makes new gradients for q and k and keeps none, so that they may be turned in place."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of `q` [N, heads, d] over `k`, `v` [N, kv_heads, d] and what came before them -> [N, heads, d]."""
@@ -42,11 +47,16 @@ class PackedSurroundings:
     rotary: tuple[Tensor, Tensor] | None
     sliding_window: int | None
     backend: str
+    kernels: str = "torch"
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     dropout: DropoutKey | None = None
     exchange: Callable[[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor], Tensor] | None = None
     """Where ranks share the tokens of a batch: calls attention with all tokens of some heads."""
+
+    @property
+    def exclusive(self) -> bool:
+        return self.exchange is None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._attend(q, k, v) if self.exchange is None else self.exchange(self._attend, q, k, v)
@@ -69,8 +79,19 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
         self.bias = nn.Parameter(torch.zeros(size)) if kind == "layernorm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps) if self.bias is None else layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, kernels: str = "torch") -> Tensor:
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps, kernels=kernels)
+        return layer_norm(x, self.weight, self.bias, self.eps, kernels=kernels)
+
+
+class AddNorm(Norm):
+    """The norm of a sum, and the sum: the residual stream after a branch was added to it."""
+
+    def forward(self, x: Tensor, residual: Tensor, kernels: str = "torch") -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.bias is None:
+            return add_rms_norm(x, residual, self.weight, self.eps, kernels=kernels)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, kernels=kernels)
 
 
 class Linear(nn.Module):
@@ -81,8 +102,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size_out, size_in))
         self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, gelu: str | None = None, kernels: str = "torch") -> Tensor:
+        """`gelu`: None, or `none` or `tanh`: the activation of the product, exact or approximate."""
+        if gelu is None:
+            return F.linear(x, self.weight, self.bias)
+        if kernels == "torch":
+            return F.gelu(F.linear(x, self.weight, self.bias), approximate=gelu)
+        return gelu_bias(F.linear(x, self.weight), self.bias, gelu, in_place=True, kernels=kernels)
 
 
 class Attention(nn.Module):
@@ -102,11 +128,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
         q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if around.rotary is not None:
-            q, k = apply_rotary(q, *around.rotary), apply_rotary(k, *around.rotary)
+        q, k = self._positioned(q, k, around)
         return self.out(around.attend(self.index, q, k, v).flatten(1))
+
+    def _positioned(self, q: Tensor, k: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
+        """Norm and rotation of q and k, where the model has them."""
+        kernels = around.kernels
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight, self.k_norm.weight
+            # ZeRO-3 gathers a weight for the module that owns it alone: there the norms run by themselves.
+            if kernels == "triton" and around.rotary is not None and not hasattr(weights[0], "ds_id"):
+                return norm_rotary_qk(q, k, *weights, self.q_norm.eps, *around.rotary, kernels=kernels)
+            q, k = self.q_norm(q, kernels), self.k_norm(k, kernels)
+        if around.rotary is None:
+            return q, k
+        return apply_rotary_qk(q, k, *around.rotary, kernels=kernels, in_place=kernels == "triton" and around.exclusive)
 
 
 class FeedForward(nn.Module):
@@ -119,11 +155,11 @@ class FeedForward(nn.Module):
         self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "torch") -> Tensor:
         """`x` [N, H] -> [N, H]."""
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+            return self.down(swiglu(self.gate(x), self.up(x), in_place=True, kernels=kernels))
+        return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels))
 
 
 class DecoderLayer(nn.Module):
@@ -134,13 +170,14 @@ class DecoderLayer(nn.Module):
         self.first_site = 1 + index * SITES_A_LAYER
         self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = Attention(config, index)
-        self.mlp_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp_norm = AddNorm(config.norm, config.hidden_size, config.norm_eps)
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
-        x = x + around.drop(self.attention(self.attention_norm(x), around), self.first_site)
-        return x + around.drop(self.mlp(self.mlp_norm(x)), self.first_site + 1)
+        branch = around.drop(self.attention(self.attention_norm(x, around.kernels), around), self.first_site)
+        normed, x = self.mlp_norm(branch, x, around.kernels)
+        return x + around.drop(self.mlp(normed, around.kernels), self.first_site + 1)
 
 
 class Embedding(nn.Module):
@@ -174,15 +211,16 @@ class Head(nn.Module):
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         *,
-        chunk_rows: int = 1024,
+        chunk_rows: int | None = None,
         score: bool = False,
+        kernels: str = "torch",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [N, vocab_size] without labels; with labels the summed loss (scalar) and that of each token [N]; with `score`
         log p(label) [N]."""
         if labels is None:
             return F.linear(hidden, self.weight)[..., : self.vocab_size]
         if score:
-            return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows)
+            return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows, kernels=kernels)
         return linear_cross_entropy_each(
-            hidden, self.weight, labels, vocab_size=self.vocab_size, loss_weights=loss_weights, chunk_rows=chunk_rows
+            hidden, self.weight, labels, vocab_size=self.vocab_size, loss_weights=loss_weights, chunk_rows=chunk_rows, kernels=kernels
         )

@@ -71,7 +71,8 @@ def options(recipe: Recipe, shape: DecoderConfig, world_size: int, device_bytes:
                 continue
             for size in sizes:
                 every = int(checkpointing == "full")
-                work = Work(size, train.sequence_length, every, train.loss_chunk_rows, train.precision)
+                kernels = "torch" if train.kernels == "torch" or train.compile else "triton"
+                work = Work(size, train.sequence_length, every, train.loss_chunk_rows, train.precision, kernels)
                 memory = plan_memory(shape, config, world_size, work, cuda=True)
                 found.append(Option(name, size, checkpointing, memory, memory.total <= device_bytes * (1 - MARGIN)))
     return sorted(found, key=lambda option: _time(option, train.sequence_length))

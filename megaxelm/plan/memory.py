@@ -18,8 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megaxelm.model.config import DecoderConfig, num_parameters
 from megaxelm.train.ds_config import offloads
+from megaxelm_kernels.head_chunks import rows_per_chunk
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 MARGIN = 0.06
@@ -28,13 +31,15 @@ MARGIN = 0.06
 
 @dataclass(frozen=True)
 class Work:
-    """What a device works on at a time. `checkpoint_every`: of each so many layers one is recomputed; 0: none, 1: all."""
+    """What a device works on at a time. `checkpoint_every`: of each so many layers one is recomputed; 0: none, 1: all. `loss_chunk_rows`:
+    None is what a memory budget holds. `kernels`: `triton` or `torch`, which keeps more tensors."""
 
     micro_batch_size: int
     sequence_length: int
     checkpoint_every: int
-    loss_chunk_rows: int
+    loss_chunk_rows: int | None
     precision: str
+    kernels: str = "torch"
 
     @property
     def tokens(self) -> int:
@@ -80,9 +85,10 @@ def layer_activations(config: DecoderConfig, work: Work) -> int:
     attention = 2 * hidden + (heads + 2 * kv_heads) + heads
     if config.positions == "rotary":
         attention += heads + kv_heads
-    feed_forward = 2 * hidden + (4 if config.activation == "silu_gated" else 2) * inner
+    fused = work.kernels == "triton"
+    feed_forward = 2 * hidden + ((3 if fused else 4) if config.activation == "silu_gated" else 2) * inner
     saved = width * (attention + feed_forward)
-    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" else 2)  # the fp32 copy that the norm's reference keeps
+    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" and not fused else 2)  # the fp32 copy that torch's norm keeps
     scores = 4 * config.num_heads  # log-sum-exp of the attention
     return work.tokens * (saved + norms + scores)
 
@@ -97,12 +103,14 @@ def activations(config: DecoderConfig, work: Work) -> int:
     return (config.num_layers - recomputed) * whole + recomputed * kept + (whole if recomputed else 0) + stream
 
 
-def loss_memory(config: DecoderConfig, work: Work) -> int:
-    """Bytes of the head's loss: a chunk of logits (and again in fp32), the head's gradient in fp32 beside that of a chunk, and the gradient
-    of the hidden states."""
+def loss_memory(config: DecoderConfig, work: Work, device_type: str) -> int:
+    """Bytes of the head's loss: a chunk of logits (with torch again in fp32), the head's gradient in fp32 beside that of a chunk, and the
+    gradient of the hidden states."""
     width = _BYTES[work.precision]
-    rows, vocab, hidden = min(work.loss_chunk_rows, work.tokens), config.padded_vocab_size, config.hidden_size
-    logits = rows * vocab * (width if width == 4 else width + 4)
+    vocab, hidden = config.padded_vocab_size, config.hidden_size
+    dtype = torch.float32 if width == 4 else torch.bfloat16
+    rows = rows_per_chunk(work.tokens, vocab, dtype, device_type, chunk_rows=work.loss_chunk_rows, kernels=work.kernels)
+    logits = min(rows, work.tokens) * vocab * (width if width == 4 or work.kernels == "triton" else width + 4)
     return logits + vocab * hidden * (4 + width) + work.tokens * hidden * width
 
 
@@ -168,7 +176,7 @@ def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, 
     # On a device a buffer is taken whole; on a CPU its pages count when gradients are written into them.
     buffer = float(bucket * width) if cuda else filled
     overlap = zero.get("overlap_comm")
-    inside, loss = activations(config, work), loss_memory(config, work)
+    inside, loss = activations(config, work), loss_memory(config, work, "cuda" if cuda else "cpu")
     several = parameters > bucket  # otherwise all gradients fit the bucket, and it is reduced when the activations are gone
     adam = 0.0 if cuda or on_host else 8.0 * part  # torch's AdamW takes two tensors as large as its parameter
     fp32_copy = 0.0 if on_host or (width == 4 and stage == 0) else 4.0 * part

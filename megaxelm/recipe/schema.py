@@ -87,14 +87,20 @@ class TrainConfig(Section):
     sequence_parallel: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
     """Ranks that share the tokens of each sequence, for long contexts (DeepSpeed-Ulysses); it divides the ranks, the heads and the sequence
     length."""
-    attention: Literal["auto", "sdpa", "varlen"] = Field("auto", json_schema_extra=NO_EFFECT)
-    """Attention backend; `auto` prints its choice: `varlen` on CUDA where torch has it, else `sdpa`."""
+    attention: Literal["auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "flex", "reference"] = Field(
+        "auto", json_schema_extra=NO_EFFECT
+    )
+    """Attention backend; `auto` prints its choice: on CUDA the newest FlashAttention that imports and fits the device, torch's `varlen`, or
+    `sdpa`; elsewhere `sdpa`."""
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", json_schema_extra=NO_EFFECT)
+    """Norms, activations, rotary positions and the loss by the project's Triton kernels or by torch; `auto`: Triton on CUDA, except with
+    `compile`, which fuses by itself."""
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=2)] = Field("none", json_schema_extra=NO_EFFECT)
     """Recompute layers in the backward pass: less memory, with `full` about a third more time. A number n: every n-th layer alone."""
     compile: bool = Field(False, json_schema_extra=NO_EFFECT)
     """Compile each layer by torch.compile."""
-    loss_chunk_rows: int = Field(1024, ge=1, json_schema_extra=NO_EFFECT)
-    """Rows of logits that exist at one time in the loss."""
+    loss_chunk_rows: int | None = Field(None, ge=1, json_schema_extra=NO_EFFECT)
+    """Rows of logits that exist at one time in the loss; empty: as many as 2 GiB hold on CUDA, 64 MiB on a CPU."""
     checkpoint_every: int = Field(500, ge=1, json_schema_extra=NO_EFFECT)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)

@@ -107,9 +107,9 @@ def measure(setting: Any, vocab_size: int | None) -> dict[str, Any]:
     from megaxelm.model.source import drawn_source
     from megaxelm.train.engine import build_model, fill_engine, start_engine
     from megaxelm.train.finite import guard
+    from megaxelm.train.forward import forward_options
     from megaxelm.train.metrics import Meter
     from megaxelm.train.steps import Steps
-    from megaxelm_kernels.attention import choose_backend
 
     recipe, member = setting.recipe, setting.member
     config = model_shape(recipe, vocab_size)
@@ -118,14 +118,12 @@ def measure(setting: Any, vocab_size: int | None) -> dict[str, Any]:
     model = build_model(setting, config)
     every = recipe.train.activation_checkpointing
     model.enable_activation_checkpointing(every if isinstance(every, int) else int(every == "full"))
-    wanted = "sdpa" if recipe.train.attention == "auto" and recipe.train.precision == "fp32" else recipe.train.attention
-    backend = choose_backend(wanted, setting.device, config.attention_dropout)
+    options = forward_options(recipe.train, config, setting.device)
     engine = start_engine(setting, model)
     fill_engine(engine, source.weight, None, 0)
     guard(engine)
     meter = Meter(config, member.sequence_length, setting.processes.world_size, setting.device, recipe.train.peak_tflops)
     blend: Any = RandomWindows(config.vocab_size, member.sequence_length)
-    options = {"attention": backend, "loss_chunk_rows": recipe.train.loss_chunk_rows}
     steps = Steps(setting, engine, blend, options, meter)
     tokens = 0
     for step in range(member.steps):
@@ -134,7 +132,7 @@ def measure(setting: Any, vocab_size: int | None) -> dict[str, Any]:
         if step == 0:
             meter.line({}, tokens)
             tokens = 0
-    return meter.line({"loss": result.loss, "attention": backend}, tokens)
+    return meter.line({"loss": result.loss, "attention": options["attention"], "kernels": options["kernels"]}, tokens)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megaxelm.train.engine import build_model, fill_engine, start_engine, starti
 from megaxelm.train.evaluation import HeldOut
 from megaxelm.train.export import export_trained
 from megaxelm.train.finite import guard
+from megaxelm.train.forward import forward_options
 from megaxelm.train.members import Member, check_language_weights
 from megaxelm.train.memory import memory
 from megaxelm.train.metrics import Meter, Metrics, console_line
@@ -33,7 +34,6 @@ from megaxelm.train.staging import find_index
 from megaxelm.train.steps import StepResult, Steps
 from megaxelm.train.ulysses import Exchange, check_sequence_parallel, sequence_group
 from megaxelm.train.watchdog import Watchdog
-from megaxelm_kernels.attention import choose_backend
 
 
 def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]) -> None:
@@ -53,16 +53,10 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     before = memory(setting.device)
     source = starting_weights(setting, tokenizer)
     model = build_model(setting, source.config)
-    try:
-        # The packed kernel of torch has no fp32 form.
-        wanted = "sdpa" if config.attention == "auto" and config.precision == "fp32" else config.attention
-        backend = choose_backend(wanted, setting.device, model.config.attention_dropout)
-    except ValueError as error:
-        raise TrainError(f"train.attention = {config.attention}: {error}") from None
+    options = forward_options(config, model.config, setting.device)
     every = config.activation_checkpointing
     model.enable_activation_checkpointing(every if isinstance(every, int) else int(every == "full"))
     check_sequence_parallel(config.sequence_parallel, setting.processes.world_size, model.config, member.sequence_length)
-    options: dict[str, Any] = {"attention": backend, "loss_chunk_rows": config.loss_chunk_rows}
     if config.compile and setting.ds_config["zero_optimization"]["stage"] == 3:
         raise TrainError(
             "train.compile = true with ZeRO stage 3, which gathers weights inside of what would be compiled: choose a lower stage"
@@ -81,7 +75,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     if start.step == 0:
         fill_engine(engine, source.weight, None, 0)
     if setting.is_first:
-        _record_choices(setting, model, backend, start, before)
+        _record_choices(setting, model, options, start, before)
     metrics = Metrics(setting.folder, start.step, engine.monitor) if setting.is_first else None
     bar = progress_bar(member, start.step) if setting.is_first else range(start.step, member.steps)
     stop = StopRequest(setting.folder, setting.processes.rank, setting.processes.world_size)
@@ -282,7 +276,7 @@ def language_tokens(blend: Blend, samples: int) -> dict[str, int]:
     return {language: count * blend.sequence_length for language, count in sorted(blend.counts(samples).items())}
 
 
-def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progress, before: dict[str, int]) -> None:
+def _record_choices(setting: Setting, model: Decoder, options: dict[str, Any], start: Progress, before: dict[str, int]) -> None:
     """What was chosen, once, on the console and with the run."""
     config, processes, member = setting.recipe.train, setting.processes, setting.member
     choices = {
@@ -291,11 +285,12 @@ def _record_choices(setting: Setting, model: Decoder, backend: str, start: Progr
         "device": str(setting.device),
         "precision": config.precision,
         "zero_stage": setting.ds_config["zero_optimization"]["stage"],
-        "attention": backend,
+        "attention": options["attention"],
+        "kernels": options["kernels"],
         "activation_checkpointing": config.activation_checkpointing,
         "compile": config.compile,
         "sequence_parallel": config.sequence_parallel,
-        "loss": f"chunks of {config.loss_chunk_rows} rows",
+        "loss": "chunks of a memory budget" if config.loss_chunk_rows is None else f"chunks of {config.loss_chunk_rows} rows",
         "micro_batch_size": setting.ds_config["train_micro_batch_size_per_gpu"],
         "gradient_accumulation_steps": setting.ds_config["gradient_accumulation_steps"],
         "parameters": sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()),
