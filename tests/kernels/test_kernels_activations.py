@@ -82,7 +82,7 @@ def test_torch_equals_the_reference(kind: str) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 63), (70, 127), (3, 2049), (2, 3, 16), (0, 8)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 63), (70, 127), (3, 2049), (1, 2048), (2, 3, 16), (0, 8)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_is_as_close_to_fp64_as_torch(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = inputs(kind, shape, dtype)
@@ -238,13 +238,13 @@ def test_a_second_backward_pass_in_place_is_an_error(kind: str) -> None:
 @pytest.mark.parametrize("view", [False, True])
 def test_in_place_refuses_leaves_and_their_views(kernels: str, view: bool) -> None:
     leaf, other = (draw((4, 6), torch.float32, seed).requires_grad_() for seed in (0, 1))
-    for given in ([leaf.view(24) if view else leaf, other.flatten() * 1 if view else other * 1],):
-        with pytest.raises(ValueError, match="gate .* is a leaf or a view of one"):
-            activations.swiglu(*given, in_place=True, kernels=kernels)
-        with pytest.raises(ValueError, match="up .* is a leaf or a view of one"):
-            activations.swiglu(given[1], given[0], in_place=True, kernels=kernels)
-        with pytest.raises(ValueError, match="x .* is a leaf or a view of one"):
-            activations.gelu_bias(given[0], in_place=True, kernels=kernels)
+    refused, fine = (leaf.view(24), other.flatten() * 1) if view else (leaf, other * 1)
+    with pytest.raises(ValueError, match="gate .* is a leaf or a view of one"):
+        activations.swiglu(refused, fine, in_place=True, kernels=kernels)
+    with pytest.raises(ValueError, match="up .* is a leaf or a view of one"):
+        activations.swiglu(fine, refused, in_place=True, kernels=kernels)
+    with pytest.raises(ValueError, match="x .* is a leaf or a view of one"):
+        activations.gelu_bias(refused, in_place=True, kernels=kernels)
 
 
 @pytest.mark.usefixtures("poisoned")
