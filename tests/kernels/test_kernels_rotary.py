@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,15 +47,22 @@ needs_triton = pytest.mark.skipif(not has_triton(), reason="triton cannot run he
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written is NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody has written is NaN, and nobody writes behind the end of what was asked for."""
+    empty, guards = torch.empty, []
 
-    def nan(x: Tensor) -> Tensor:
-        return x.fill_(torch.nan) if x.is_floating_point() else x
+    def guarded(*size: Any, **options: Any) -> Tensor:
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        memory = empty(shape.numel() + 4096, **options)
+        if not memory.is_floating_point():
+            return empty(*size, **options)
+        memory[: shape.numel()] = torch.nan
+        guards.append(memory[shape.numel() :].fill_(5))
+        return memory[: shape.numel()].view(shape)
 
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: nan(empty(*args, **options)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: nan(empty_like(*args, **options)))
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    assert guards and all((guard == 5).all() for guard in guards)
 
 
 def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -134,6 +142,7 @@ YARNS: list[dict[str, Any]] = [
     {"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.707},
     {"factor": 2.0, "original_max_position_embeddings": 128, "attention_factor": 1.5},
     {"factor": 1.0, "original_max_position_embeddings": 2048},
+    {"factor": 2.0, "original_max_position_embeddings": 1_000_000},
 ]
 
 
