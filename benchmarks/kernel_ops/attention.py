@@ -15,13 +15,10 @@ MIXED = [2048, 2048, 1024, 1024, 700, 700, 648, 1500, 37, 511, 2048, *[64] * 32,
 
 
 def lengths(tokens: int) -> list[int]:
-    found, left = [], tokens
-    for length in MIXED:
-        found.append(min(length, left))
-        left -= found[-1]
-        if left == 0:
-            return found
-    return [*found, left]
+    """The mixture, its documents shortened in proportion."""
+    shortened = [max(1, length * tokens // sum(MIXED)) for length in MIXED]
+    left = tokens - sum(shortened)
+    return shortened if left == 0 else [*shortened, left]
 
 
 def entries(device: torch.device) -> list[Entry]:

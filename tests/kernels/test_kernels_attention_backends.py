@@ -257,7 +257,7 @@ def test_packed_attention_makes_the_same_checks() -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("window", [None, 1, 6, 130, 1000])
+@pytest.mark.parametrize("window", [None, 1, 6, 130, 255, 1000])
 def test_blocks_of_flex_attention_are_those_of_the_whole_mask(name: str, window: int | None) -> None:
     lengths = LAYOUTS[name] if name != "one" else [700]
     layout = layout_of(lengths)
