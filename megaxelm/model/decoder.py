@@ -26,7 +26,8 @@ from megaxelm_kernels.attention import PackedLayout, choose_backend
 from megaxelm_kernels.backend import choose_kernels
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 from megaxelm_kernels.linear_cross_entropy import IGNORE_INDEX
-from megaxelm_kernels.rotary import inverse_frequencies, rotary_tables
+from megaxelm_kernels.rotary import rotary_tables
+from megaxelm_kernels.rotary_frequencies import rotary_parameters
 
 __all__ = ["Decoder", "DropoutKey", "KVCache", "LossOutput", "TokenScores", "dropout_keys"]
 
@@ -273,10 +274,10 @@ class Decoder(nn.Module):
         if config.positions != "rotary":
             return None
         try:
-            frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            frequencies, factor = rotary_parameters(config.head_dim, config.rope_theta, config.rope_scaling)
         except ValueError as error:
             raise ModelError(str(error)) from None
-        return rotary_tables(positions, frequencies.to(positions.device))
+        return rotary_tables(positions, frequencies.to(positions.device), attention_factor=factor)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

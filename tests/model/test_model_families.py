@@ -24,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 16.0}
 SMALL = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "max_position_embeddings": 96}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 6, "vocab_size": 256}),
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-linear-rope": ("Llama", {"vocab_size": 130, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
     "llama3-rope": ("Llama", {"vocab_size": 130, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": LLAMA3}),
+    "qwen3-yarn-rope": ("Qwen3", {"vocab_size": 130, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": YARN}),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "vocab_size": 257, "sliding_window": None}),
     "mistral-window": ("Mistral", {"num_key_value_heads": 2, "vocab_size": 257, "sliding_window": 7, "head_dim": 20}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "vocab_size": 300, "rms_norm_eps": 1e-5}),

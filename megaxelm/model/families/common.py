@@ -29,7 +29,9 @@ _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token
 _ROPE_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+_ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")}
 
 
 def parse(config_class: Any, raw: dict[str, Any]) -> Any:
@@ -77,6 +79,7 @@ def rope_from_hf(hf: Any) -> tuple[float, dict[str, Any] | None]:
         if not isinstance(value, int | float) or value <= 0:
             raise ModelError(f"config.json: rope_parameters.{field} = {value!r} must be a number above 0 for {kind} scaling")
         scaling[field] = value
+    scaling |= {field: parameters[field] for field in _ROPE_OPTIONS.get(kind, ()) if parameters.get(field) is not None}
     return float(theta), scaling
 
 
