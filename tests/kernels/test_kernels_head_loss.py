@@ -118,6 +118,16 @@ def test_padding_gets_no_gradient_whatever_it_is(kernels: str, extra: dict[str, 
     torch.testing.assert_close([loss.detach(), grad_h], truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("extra", [{}, {"soft_cap": 3.0}])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_padding_that_is_no_number_is_not_seen(kernels: str, extra: dict[str, float]) -> None:
+    h, w, labels, _ = problem(4, 80, 69)
+    w[69:] = torch.nan
+    h, w = h.float(), w.float().requires_grad_()
+    _, grad_w = results(linear_cross_entropy(h, w, labels, vocab_size=69, kernels=kernels, **extra), w)
+    assert grad_w.isfinite().all() and not grad_w[69:].any()
+
+
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_losses_of_tokens_are_plain_whatever_is_added_to_the_total(kernels: str) -> None:
     h, w, labels, loss_weights = problem(9, 128, 101)
@@ -231,6 +241,16 @@ def test_one_gradient_alone(kernels: str, wanted: int) -> None:
     assert leaves[1 - wanted].grad is None
 
 
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, w, labels, _ = problem(3, 16, 16)
+    w.requires_grad_()
+    monkeypatch.setattr(module, "add_product", None)
+    with torch.no_grad():
+        linear_cross_entropy(h, w, labels)
+    with pytest.raises(TypeError):
+        linear_cross_entropy(h, w, labels)
+
+
 def test_a_second_derivative_is_refused() -> None:
     h, w, labels, _ = problem(3, 16, 16)
     h.requires_grad_()
@@ -259,6 +279,7 @@ def test_the_default_chunk_keeps_within_the_memory_promised() -> None:
         ({"chunk_rows": 7, "chunk_bytes": 1}, 7),
         ({"chunk_bytes": 1}, 1),
         ({"chunk_bytes": 400 * 1000 * 2, "kernels": "triton"}, 384),  # whole tiles of 128 rows; three equal chunks of 1000
+        ({"chunk_bytes": 500 * 1000 * 2, "kernels": "triton"}, 384),  # two chunks of 500 would be 512 in whole tiles: too much
         ({"chunk_bytes": 100 * 1000 * 2, "kernels": "triton"}, 100),
         ({"chunk_bytes": 100 * 1000 * 6}, 100),  # bf16 and fp32
         ({"chunk_bytes": 100 * 1000 * 10, "capped": True}, 100),
