@@ -100,7 +100,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, json_schema_extra=NO_EFFECT)
     """Compile each layer by torch.compile."""
     loss_chunk_rows: int | None = Field(None, ge=1, json_schema_extra=NO_EFFECT)
-    """Rows of logits that exist at one time in the loss; empty: as many as 2 GiB hold on CUDA, 64 MiB on a CPU."""
+    """Rows of logits that exist at one time in the loss; empty: as many as 2 GiB hold on CUDA, 128 MiB on a CPU."""
     checkpoint_every: int = Field(500, ge=1, json_schema_extra=NO_EFFECT)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(1, ge=1, json_schema_extra=NO_EFFECT)
