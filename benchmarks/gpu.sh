@@ -35,7 +35,9 @@ PYTHON
 failed=0
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
 part tests 240 python3 -m pytest -q -m gpu tests/kernels tests/model
-part head_loss 120 python3 benchmarks/kernels.py --ops head_loss
+for op in head_loss norms activations rotary attention; do
+    part "kernels_$op" 100 python3 benchmarks/kernels.py --ops "$op"
+done
 part training_step 180 python3 benchmarks/training_step.py
 part training 180 python3 benchmarks/training.py --hidden-size 2048 --layers 12 --heads 16 --intermediate 5632 --vocab 32000 --length 2048 \
     --micro-batch 4 --accumulation 2 --steps 6

@@ -38,6 +38,31 @@ def test_the_command_line_starts_without_torch() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_a_model_trains_and_scores_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+import torch
+from megaxelm.errors import ModelError
+from megaxelm.model.config import config_from_recipe
+from megaxelm.model.decoder import Decoder
+from megaxelm.recipe import ModelConfig
+
+model = Decoder(config_from_recipe(ModelConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32), 50, 0, 1, 2))
+model.initialise(0)
+tokens, ends = torch.arange(3, 9), torch.tensor([0, 6])
+loss = model(tokens, torch.arange(6), ends, labels=tokens, kernels="auto").loss_sum
+loss.backward()
+assert model.head.weight.grad.abs().sum() > 0
+try:
+    model(tokens, torch.arange(6), ends, kernels="triton")
+except ModelError as error:
+    print(error)
+"""
+    done = run(sys.executable, "-c", code, cwd=REPOSITORY, PYTHONPATH="kernels")
+    assert "kernels = triton: it does not import" in done.stdout and "choose auto or torch" in done.stdout, done.stderr
+
+
 # Where each stage folder may look besides itself and the modules at the top (errors, files, recipe, run, console).
 ALLOWED = {
     "recipe": set(),
