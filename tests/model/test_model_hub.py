@@ -231,7 +231,7 @@ def test_the_check_fails_when_transformers_would_compute_something_else(tmp_path
         decoder.layers[0].attention.k.weight.mul_(50)
     save_pretrained(decoder, tmp_path)
     tables = module.rotary_tables
-    monkeypatch.setattr(module, "rotary_tables", lambda positions, frequencies: tables(positions * 2, frequencies))
+    monkeypatch.setattr(module, "rotary_tables", lambda positions, *rest, **named: tables(positions * 2, *rest, **named))
     with pytest.raises(ModelError, match="transformers computes other logits"):
         check_export(tmp_path, decoder, [[1, 2, 3] * 8])
 
