@@ -82,12 +82,14 @@ def layer_activations(config: DecoderConfig, work: Work) -> int:
     width = _BYTES[work.precision]
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    attention = 2 * hidden + (heads + 2 * kv_heads) + heads
-    if config.positions == "rotary":
-        attention += heads + kv_heads
     fused = work.kernels == "triton"
+    attention = 2 * hidden + (heads + 2 * kv_heads) + heads
+    if config.positions == "rotary" and (config.qk_norm or not fused):
+        attention += heads + kv_heads  # the kernels turn in place what no norm has kept
     feed_forward = 2 * hidden + ((3 if fused else 4) if config.activation == "silu_gated" else 2) * inner
     saved = width * (attention + feed_forward)
+    if config.qk_norm and not fused:
+        saved += 2 * 4 * (heads + kv_heads)  # two fp32 forms of q and k that torch's norm keeps
     norms = 2 * 4 * (hidden if config.norm == "rmsnorm" and not fused else 2)  # the fp32 copy that torch's norm keeps
     scores = 4 * config.num_heads  # log-sum-exp of the attention
     return work.tokens * (saved + norms + scores)

@@ -75,7 +75,7 @@ def test_more_devices_need_less_and_more_work_needs_more() -> None:
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("family", ["llama", "xglm"])
+@pytest.mark.parametrize("family", ["llama", "xglm", "qwen3"])
 def test_activations_are_what_autograd_keeps(family: str, kernels: str) -> None:
     if kernels == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
