@@ -124,12 +124,11 @@ def test_a_training_that_blows_up_stops_before_it_saves_broken_weights(indexed_r
     assert not (indexed_run / "experts" / "seed" / "checkpoints" / str(broken)).exists()
 
 
-@pytest.mark.parametrize("wish", ["train.attention=varlen", "train.kernels=triton"])
-def test_a_failed_training_is_told_with_its_reason(indexed_run: Path, wish: str) -> None:
-    arguments = ["--expert", "seed", "--set", "train.num_devices=1", "--set", wish]
+def test_a_failed_training_is_told_with_its_reason(indexed_run: Path) -> None:
+    arguments = ["--expert", "seed", "--set", "train.num_devices=1", "--set", "train.attention=varlen"]
     done = run_module("megaxelm.cli", "train", str(indexed_run), *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "`seed` was not trained (exit code 2" in done.stderr and wish.replace("=", " = ") in done.stderr
+    assert "`seed` was not trained (exit code 2" in done.stderr and "train.attention = varlen" in done.stderr
     assert not (indexed_run / "experts" / "seed" / MARKER).exists()
 
 
