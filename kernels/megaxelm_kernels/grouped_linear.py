@@ -6,6 +6,8 @@ groups may differ from call to call; an empty group costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 from megaxelm_kernels.row_groups import RowGroups
 
 KERNELS = ("torch", "triton")
+FEW_ROWS, FEWEST_ROWS = 8, 2  # of a group, up to which the torch path in fp32 has the weight on the left: out >= in, out < in
+PIECES = 4  # of a lone matrix
 _HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -45,19 +49,59 @@ def grouped_linear(
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups, out: Tensor) -> Tensor:
-    if weight.stride(0) == 0 or weight.shape[0] == 1:
-        shared_bias = bias is None or bias.shape[0] == 1 or bias.stride(0) == 0
-        out.copy_(F.linear(x, weight[0], bias[0] if bias is not None and shared_bias else None))
-        if bias is not None and not shared_bias:
-            out += bias[groups.group_of_row]
+    if weight.stride(0) == 0 and (bias is None or bias.stride(0) == 0):
+        _one_count(x[None], weight[:1], None if bias is None else bias[:1], out[None])
         return out
-    begin = 0
-    for group, count in enumerate(groups.counts):
-        if count:
-            rows = slice(begin, begin + count)
-            out[rows] = F.linear(x[rows], weight[group], None if bias is None else bias[group])
-        begin += count
+    for first, num_groups, begin, count in _runs(groups.counts):
+        some, rows = slice(first, first + num_groups), slice(begin, begin + num_groups * count)
+        _one_count(
+            x[rows].unflatten(0, (num_groups, count)),
+            weight[some],
+            None if bias is None else bias[some],
+            out[rows].unflatten(0, (num_groups, count)),
+        )
     return out
+
+
+def _runs(counts: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+    """First group, groups, first row and rows of each group, of every run of neighbours with equally many rows; empty groups are left out."""
+    first, begin = 0, 0
+    while first < len(counts):
+        last = first + 1
+        while last < len(counts) and counts[last] == counts[first]:
+            last += 1
+        if counts[first]:
+            yield first, last - first, begin, counts[first]
+        begin += (last - first) * counts[first]
+        first = last
+
+
+def _one_count(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Groups of one count: x [groups, count, in], weight [groups, out, in], bias [groups, out], out [groups, count, out].
+
+    Products of few rows are bound by the reading of the weight, and there MKL's batched product with the weight on the left is 2 to 4
+    times as fast as `F.linear`, for one matrix too if it is cut into pieces; with many more features in than out only for the fewest
+    rows. In half types both orders are alike.
+    """
+    num_groups, count, size_in = x.shape
+    size_out = weight.shape[1]
+    if x.dtype != torch.float32 or count > (FEW_ROWS if size_out >= size_in else FEWEST_ROWS):
+        if num_groups == 1:
+            out.copy_(F.linear(x[0], weight[0], None if bias is None else bias[0]))
+        elif bias is None:
+            torch.bmm(x, weight.transpose(1, 2), out=out)
+        else:
+            torch.baddbmm(bias[:, None], x, weight.transpose(1, 2), out=out)
+        return
+    columns = x.transpose(1, 2)
+    if num_groups == 1 and size_out % PIECES == 0:
+        weight = weight.view(PIECES, size_out // PIECES, size_in)
+        columns = columns.expand(PIECES, -1, -1)
+    products = torch.bmm(weight, columns).view(num_groups, size_out, count).transpose(1, 2)
+    if bias is None:
+        out.copy_(products)
+    else:
+        torch.add(products, bias[:, None], out=out)
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups) -> Tensor:
