@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from megaxelm.files import read_json, write_json
 if TYPE_CHECKING:
     from megaxelm.corpus.tokenizer import Tokenizer
     from megaxelm.model.decoder import Decoder
+    from megaxelm.model.source import WeightSource
+    from megaxelm.model.stacked import StackedDecoder
 
 MODEL_TYPE = "xelm"
 FORMAT = 1
@@ -41,6 +44,7 @@ class EnsembleSettings:
     router: str = "posterior"
     top_m: int | None = None
     combine: str = "mixture"
+    temperature_on: str = "mixture"
 
     def check(self, num_experts: int, where: str) -> None:
         """Raises RoutingError for a value out of range, naming `where` it stands."""
@@ -62,7 +66,12 @@ class Ensemble:
     data: RouterData
     settings: EnsembleSettings = EnsembleSettings()
     languages: dict[str, dict[str, int]] = field(default_factory=dict)  # expert -> language -> training tokens
+    sources: Sequence[Callable[[], WeightSource]] | None = None
+    """Weights that are read one tensor at a time; None: those of the decoders."""
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"
     _decoders: dict[int, Decoder] = field(default_factory=dict, repr=False)
+    _stack: tuple[Any, StackedDecoder] | None = field(default=None, repr=False)
 
     def decoder(self, expert: int) -> Decoder:
         """The decoder of expert number `expert`, in evaluation mode.
@@ -72,13 +81,37 @@ class Ensemble:
         """
         if expert not in self._decoders:
             decoder = self.loaders[expert]()
-            if decoder.config.vocab_size < self.tokenizer.vocab_size:
-                raise RoutingError(
-                    f"expert {self.experts[expert]}: its vocabulary has {decoder.config.vocab_size} pieces, the ensemble's tokenizer "
-                    f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
-                )
+            self._check_vocabulary(expert, decoder.config.vocab_size)
             self._decoders[expert] = decoder.eval()
         return self._decoders[expert]
+
+    def stack(self, experts: Sequence[int] | None = None, resident: int | None = None, kernels: str = "auto") -> StackedDecoder:
+        """Some experts (None: all) as one model, in this order; kept until another one is asked for.
+
+        Raises:
+            ModelError: as `load_stack`. RoutingError: an expert that does not fit the tokenizer.
+        """
+        from megaxelm.model.source import decoder_source
+        from megaxelm.model.stacked import load_stack
+
+        chosen = list(range(len(self.experts)) if experts is None else experts)
+        key = (chosen, resident, kernels)
+        if self._stack is not None and self._stack[0] == key:
+            return self._stack[1]
+        self._stack = None
+        given = [self.sources[expert]() if self.sources is not None else decoder_source(self.decoder(expert)) for expert in chosen]
+        for expert, source in zip(chosen, given, strict=True):
+            self._check_vocabulary(expert, source.config.vocab_size)
+        stack = load_stack(given, self.dtype, self.device, resident=resident, kernels=kernels)
+        self._stack = key, stack
+        return stack
+
+    def _check_vocabulary(self, expert: int, vocab_size: int) -> None:
+        if vocab_size < self.tokenizer.vocab_size:
+            raise RoutingError(
+                f"expert {self.experts[expert]}: its vocabulary has {vocab_size} pieces, the ensemble's tokenizer "
+                f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
+            )
 
     @property
     def decoders(self) -> list[Callable[[], Decoder]]:
@@ -146,7 +179,7 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
         raise RoutingError(
             f"{folder / 'config.json'}: format = {config.get('format')!r}, this program reads {FORMAT}; build the ensemble again"
         )
-    names, loaders, languages = [], [], {}
+    names, loaders, sources, languages = [], [], [], {}
     try:
         for entry in config["experts"]:
             path = folder / _inside(entry["folder"], folder)
@@ -156,6 +189,7 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
                 )
             names.append(entry["name"])
             loaders.append(_loader(path, dtype, device))
+            sources.append(partial(_source, path))
             languages[entry["name"]] = dict(entry["languages"])
         settings = EnsembleSettings(config["router"], config["top_m"], config["combine"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -168,7 +202,7 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
 
     tokenizer = Tokenizer.load(folder / "tokenizer")
     data = _load_routers(folder / "router", names, tokenizer)
-    return Ensemble(names, loaders, tokenizer, data, settings, languages)
+    return Ensemble(names, loaders, tokenizer, data, settings, languages, sources, dtype, device)
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Callable[[], Decoder]:
@@ -178,6 +212,12 @@ def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Calla
         return load_pretrained(path, dtype=dtype).to(device)
 
     return load
+
+
+def _source(path: Path) -> WeightSource:
+    from megaxelm.model.hub import open_pretrained
+
+    return open_pretrained(path)
 
 
 def _inside(relative: str, folder: Path) -> PurePosixPath:

@@ -67,12 +67,24 @@ class Router(Protocol):
     def update(self, state: Any, tokens: Tensor, expert_logprobs: Tensor | None = None) -> None:
         """Move `state` on by `tokens` [batch] (`NO_TOKEN` skips a row); `expert_logprobs` [batch, experts], -inf: has not run."""
 
+    def join(self, first: Any, second: Any) -> Any:
+        """The state of the texts of both."""
+
+    def select(self, state: Any, rows: Sequence[int]) -> Any:
+        """The state of some of the texts."""
+
     def along(self, request: Request, tokens: Sequence[int], expert_logprobs: Tensor | None = None) -> Tensor:
         """Log weights [tokens, experts] before each of `tokens`; the same as stepping. `expert_logprobs` [experts, tokens]."""
 
 
 class _Base:
     """`along` by stepping, for routers without a shorter way."""
+
+    def join(self, first: Any, second: Any) -> Any:
+        return first + second if isinstance(first, list) else torch.cat([first, second])
+
+    def select(self, state: Any, rows: Sequence[int]) -> Any:
+        return [state[row] for row in rows] if isinstance(state, list) else state[list(rows)]
 
     name: str
     num_experts: int
