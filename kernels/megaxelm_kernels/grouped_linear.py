@@ -49,8 +49,11 @@ def grouped_linear(
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups, out: Tensor) -> Tensor:
-    if weight.stride(0) == 0 and (bias is None or bias.stride(0) == 0):
-        _one_count(x[None], weight[:1], None if bias is None else bias[:1], out[None])
+    if weight.stride(0) == 0:
+        shared = bias[:1] if bias is not None and bias.stride(0) == 0 else None
+        _one_count(x[None], weight[:1], shared, out[None])
+        if bias is not None and shared is None:
+            out += bias[groups.group_of_row]
         return out
     for first, num_groups, begin, count in _runs(groups.counts):
         some, rows = slice(first, first + num_groups), slice(begin, begin + num_groups * count)
@@ -64,7 +67,7 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups,
 
 
 def _runs(counts: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
-    """First group, groups, first row and rows of each group, of every run of neighbours with equally many rows; empty groups are left out."""
+    """First group, groups, first row and rows of each group, of each run of neighbours of one count; empty groups are left out."""
     first, begin = 0, 0
     while first < len(counts):
         last = first + 1
