@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backend import choose_kernels
 from .gumbel import expert_noise, vocabulary_noise
 from .row_groups import RowGroups
 from .token_choice import Sampling, check_sampling, choose_tokens, draw
@@ -89,9 +90,16 @@ def mixture_next_token(
     check_sampling(sampling, rows.shape[0], hidden.device)
     if temperature_on not in TEMPERATURE_ON:
         raise ValueError(f"temperature_on = {temperature_on!r}: choose {' or '.join(TEMPERATURE_ON)}")
+    on_experts = temperature_on == "experts" and combine == "mixture" and not sampling.greedy
+    if kernels == "triton":
+        from . import mixture_triton
+
+        mean = combine == "logit_mean"
+        return MixtureToken(
+            *mixture_triton.next_token(hidden, heads, groups, rows, log_w, sampling, vocab_size, mean=mean, on_experts=on_experts)
+        )
     logits = head_logits(hidden, heads, groups, vocab_size)
     log_w = log_w.to(logits.dtype)
-    on_experts = temperature_on == "experts" and combine == "mixture" and not sampling.greedy
     if combine == "mixture" and not on_experts and logits.device.type == "cpu":
         shares, lse = _mixed_shares(logits, rows, log_w)
         token = shares.argmax(-1) if sampling.greedy else choose_tokens(_log_of_shares(shares, logits, rows, log_w), sampling)
@@ -129,9 +137,14 @@ def mixture_logprobs(
         ValueError: as `mixture_next_token`.
     """
     _check(hidden, heads, groups, rows, log_w, vocab_size, combine, kernels)
-    logits = head_logits(hidden, heads, groups, vocab_size)
-    mixed = _partial(logits, rows, log_w.to(logits.dtype), combine)
-    return mixed if combine == "mixture" else mixed.log_softmax(-1), row_lse(logits)
+    if kernels == "triton":
+        from . import mixture_triton
+
+        mixed, lse = mixture_triton.mixed_logprobs(hidden, heads, groups, rows, log_w, vocab_size, mean=combine == "logit_mean")
+    else:
+        logits = head_logits(hidden, heads, groups, vocab_size)
+        mixed, lse = _partial(logits, rows, log_w.to(logits.dtype), combine), row_lse(logits)
+    return mixed if combine == "mixture" else torch.log_softmax(mixed, -1, out=mixed), lse
 
 
 def partial_mixture(
@@ -154,6 +167,10 @@ def partial_mixture(
         ValueError: as `mixture_next_token`.
     """
     _check(hidden, heads, groups, rows, log_w, vocab_size, combine, kernels)
+    if kernels == "triton":
+        from . import mixture_triton
+
+        return mixture_triton.mixed_logprobs(hidden, heads, groups, rows, log_w, vocab_size, mean=combine == "logit_mean")[0]
     logits = head_logits(hidden, heads, groups, vocab_size)
     return _partial(logits, rows, log_w.to(logits.dtype), combine)
 
@@ -186,6 +203,10 @@ def draw_expert_then_token(
         raise ValueError("sampling is greedy or has filters: draw_expert_then_token draws at temperature 1 from all tokens")
     if expert_keys.shape != rows.shape or expert_keys.dtype != torch.int64:
         raise ValueError(f"expert_keys {expert_keys.dtype} {tuple(expert_keys.shape)}: expected int64 {tuple(rows.shape)} as rows")
+    if kernels == "triton":
+        from . import mixture_triton
+
+        return DrawnToken(*mixture_triton.draw_from_experts(hidden, heads, groups, rows, log_w, expert_keys, sampling, vocab_size))
     slot = (log_w + expert_noise(sampling.key, sampling.position, expert_keys)).argmax(-1)
     row = rows.gather(1, slot[:, None])[:, 0]
     by_expert, order = torch.sort(groups.group_of_row[row], stable=True)
@@ -320,5 +341,5 @@ def _check(
         raise ValueError(f"combine = {combine!r}: choose {' or '.join(COMBINE)}")
     if kernels not in KERNELS:
         raise ValueError(f"kernels = {kernels!r}: choose {' or '.join(KERNELS)}")
-    if kernels == "triton":
-        raise ValueError("kernels = triton: to come")
+    if kernels == "triton" and hidden.device.type != "cuda":
+        choose_kernels(kernels, hidden.device)
