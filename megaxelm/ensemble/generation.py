@@ -21,7 +21,6 @@ from megaxelm.ensemble.reading import ExpertReader
 from megaxelm.ensemble.routers import NO_TOKEN, FixedRouter, Request, Router
 from megaxelm.ensemble.streaming import TextStream
 from megaxelm.ensemble.weights import Weights
-from megaxelm.ensemble.weights import top_m as keep_top_m
 from megaxelm.errors import RoutingError
 
 OnToken = Callable[[int, int, str], None]
@@ -93,7 +92,7 @@ def generate(
 
 
 def _router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:
-    num_experts = len(ensemble.experts)
+    num_experts = len(ensemble.trained)
     if expert is not None:
         if router is not None:
             raise RoutingError(f"expert = {expert!r} and a router were both given: leave one out")
@@ -140,7 +139,7 @@ class _Session:
 
     def next_logprobs(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Weights]:
         """For the texts `rows`: mixture [rows, vocab], each kept expert's own [rows, m, vocab], and the weights [rows, m]."""
-        kept = keep_top_m(self.router.weights(self.state)[list(rows)], self.top_m)
+        kept = self.router.keep(self.router.weights(self.state)[list(rows)], self.top_m)
         heard = kept.log_w > -torch.inf
         if self.router.needs_expert_logprobs:
             # An expert that misses a token cannot be believed again, so what it keeps of the text is of no more use.
