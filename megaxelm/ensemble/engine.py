@@ -31,7 +31,6 @@ from megaxelm.ensemble.sampling import GenerationRequest, TokenEvent
 from megaxelm.ensemble.shards import Shards
 from megaxelm.ensemble.speculative import DraftCount, speculative_step
 from megaxelm.ensemble.weights import Weights
-from megaxelm.ensemble.weights import top_m as keep_top_m
 from megaxelm.errors import RoutingError
 from megaxelm.model.stacked import Piece, Read
 from megaxelm_kernels.linear_cross_entropy import target_logprobs
@@ -154,6 +153,10 @@ class Engine:
         """Tokens of the prompt of a text that runs or waits."""
         return next(len(text.prompt_ids) for text in (*self._running, *self._waiting) if text.request_id == request_id)
 
+    def detected(self, request_id: int) -> str | None:
+        """The language that the router found for a text that runs; None where it was given, or not looked for."""
+        return next(text.detected for text in self._running if text.request_id == request_id)
+
     def cancel(self, request_id: int) -> None:
         """Stop a text; one that is not known any more is no mistake."""
         self._waiting = deque(text for text in self._waiting if text.request_id != request_id)
@@ -171,8 +174,8 @@ class Engine:
 
     def _rows_of(self, text: RunningText) -> int:
         """Rows of the cache that must be at hand for a text."""
-        experts = len(self.ensemble.experts) if self.router.needs_expert_logprobs else self.top_m
-        return experts + (self.draft is not None)
+        kept = self.top_m + (self.router.fallback is not None)
+        return (len(self.ensemble.experts) if self.router.needs_expert_logprobs else kept) + (self.draft is not None)
 
     def _join(self) -> None:
         fresh: list[RunningText] = []
@@ -188,6 +191,8 @@ class Engine:
         if not fresh:
             return
         state = self.router.start([Request(text.prompt_ids, text.language) for text in fresh])
+        for text, language in zip(fresh, self.router.detected(state), strict=True):
+            text.detected = language
         if self.router.needs_expert_logprobs:
             with torch.inference_mode():
                 self._read_prompts(fresh, state)
@@ -209,24 +214,26 @@ class Engine:
         texts = self._running
         if self.draft is not None:
             return speculative_step(self, texts)
-        kept = self.keep()
-        self.drop_unheard(texts, kept)
-        found = self._next_tokens(texts, kept)
-        self.tell_router(torch.tensor(found.tokens), range(len(texts)), kept, found.own)
+        kept, run = self.keep()
+        self.drop_unheard(texts, run)
+        found = self._next_tokens(texts, kept, run)
+        self.tell_router(torch.tensor(found.tokens), range(len(texts)), run, found.own)
         return self.take(texts, kept, found)
 
-    def keep(self) -> Weights:
-        """The experts kept for each running text, and their weights."""
-        return keep_top_m(self.router.weights(self._state), self.top_m)
+    def keep(self) -> tuple[Weights, Weights]:
+        """For each running text the experts kept for the mixture, and those that are run: the same, or all that have weight."""
+        log_w = self.router.weights(self._state)
+        kept = self.router.keep(log_w, self.top_m)
+        return kept, self.router.keep(log_w, None) if self.router.reads_all else kept
 
-    def tell_router(self, tokens: Tensor, texts: Sequence[int], kept: Weights, own: Tensor) -> None:
-        """Move the router on by `tokens`, one a running text or `NO_TOKEN`; `kept` and `own` are those of the texts number `texts`."""
+    def tell_router(self, tokens: Tensor, texts: Sequence[int], run: Weights, own: Tensor) -> None:
+        """Move the router on by `tokens`, one a running text or `NO_TOKEN`; `run` and `own` are those of the texts number `texts`."""
         if not self.router.needs_expert_logprobs:
             self.router.update(self._state, tokens, None)
             return
         given = torch.full((len(tokens), len(self.ensemble.experts)), -torch.inf, dtype=torch.float64)
-        heard = torch.where(kept.log_w > -torch.inf, own.double().cpu(), -torch.inf)
-        given[list(texts)] = given[list(texts)].scatter(1, kept.experts, heard)
+        heard = torch.where(run.log_w > -torch.inf, own.double().cpu(), -torch.inf)
+        given[list(texts)] = given[list(texts)].scatter(1, run.experts, heard)
         self.router.update(self._state, tokens, given)
 
     def take(self, texts: Sequence[RunningText], kept: Weights, found: NextTokens) -> list[TokenEvent]:
@@ -238,10 +245,10 @@ class Engine:
             events.append(TokenEvent(text.request_id, token, shown, logprob, row, top, reason))
         return events
 
-    def _next_tokens(self, texts: Sequence[RunningText], kept: Weights) -> NextTokens:
-        pieces, names = self.pieces(texts, kept)
+    def _next_tokens(self, texts: Sequence[RunningText], kept: Weights, run: Weights) -> NextTokens:
+        pieces, names = self.pieces(texts, run)
         turns = self.stack.batches([piece.expert for piece in pieces])
-        if len(turns) == 1 and self.shards is None and not any(text.sampling.logprobs for text in texts):
+        if len(turns) == 1 and run is kept and self.shards is None and not any(text.sampling.logprobs for text in texts):
             read = self.stack.read(pieces, self.cache)
             rows = _row_table(kept, names, read)
             found = fused(self.stack, read, rows, kept.log_w, sampling_of(texts, self.stack.device), self.settings)
@@ -251,14 +258,14 @@ class Engine:
             part = [index for index, piece in enumerate(pieces) if piece.expert in turn]
             read = self.stack.read([pieces[index] for index in part], self.cache)
             places = zip(part, read.first_row, strict=True)
-            logits.add(read, [((names[index][0], 0, int(kept.experts[names[index]])), row) for index, row in places])
-        return logits.next_tokens(range(len(texts)), 0, kept, texts)
+            logits.add(read, [((names[index][0], 0, int(run.experts[names[index]])), row) for index, row in places])
+        return logits.next_tokens(range(len(texts)), 0, kept, run, texts)
 
     def pieces(
-        self, texts: Sequence[RunningText], kept: Weights, drafts: Sequence[Sequence[int]] | None = None
+        self, texts: Sequence[RunningText], run: Weights, drafts: Sequence[Sequence[int]] | None = None
     ) -> tuple[list[Piece], list[tuple[int, int]]]:
-        """What the kept experts have to read, the draft of each text behind it, and (text, slot of its weights) of each."""
-        log_w, experts = kept.log_w.tolist(), kept.experts.tolist()
+        """What the experts that are run have to read, the draft of each text behind it, and (text, slot of its weights) of each."""
+        log_w, experts = run.log_w.tolist(), run.experts.tolist()
         here = [
             (index, slot, expert, local)
             for index in range(len(texts))
@@ -285,12 +292,12 @@ class Engine:
             for expert in [number for number in text.rows if (index, number) not in in_use]:
                 self.cache.free(text.rows.pop(expert))
 
-    def drop_unheard(self, texts: Sequence[RunningText], kept: Weights) -> None:
+    def drop_unheard(self, texts: Sequence[RunningText], run: Weights) -> None:
         """An expert that misses a token cannot be believed again by a router that learns from it: what it keeps is of no more use."""
         if not self.router.needs_expert_logprobs:
             return
         for index, text in enumerate(texts):
-            heard = set(kept.experts[index, kept.log_w[index] > -torch.inf].tolist())
+            heard = set(run.experts[index, run.log_w[index] > -torch.inf].tolist())
             for expert in [number for number in text.rows if number not in heard]:
                 self.cache.free(text.rows.pop(expert))
 
@@ -327,7 +334,7 @@ class Engine:
 
 
 def _router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:
-    num_experts = len(ensemble.experts)
+    num_experts = len(ensemble.trained)
     if expert is not None:
         if router is not None:
             raise RoutingError(f"expert = {expert!r} and a router were both given: leave one out")

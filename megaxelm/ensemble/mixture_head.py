@@ -42,7 +42,7 @@ class NextTokens:
     logprobs: list[float]
     """Under the mixture (nats), before temperature and filters."""
     own: Tensor
-    """[texts, m] log-probability under each kept expert, -inf where it has no weight."""
+    """[texts, experts run] log-probability under each expert that was run, -inf where it has no weight."""
     top: list[list[tuple[int, float]]]
     """(token, log-probability) of the likeliest, as many as each text asks for."""
 
@@ -110,12 +110,13 @@ class LogitRows:
             self._place[name] = self._num_rows + number
         self._num_rows += len(rows)
 
-    def next_tokens(self, texts: Sequence[int], place: int, kept: Weights, running: Sequence[RunningText]) -> NextTokens:
-        """The token at `place` (0: the next) of the texts number `texts`, weighted by `kept` [texts, m]."""
+    def next_tokens(self, texts: Sequence[int], place: int, kept: Weights, run: Weights, running: Sequence[RunningText]) -> NextTokens:
+        """The token at `place` (0: the next) of the texts number `texts`, mixed by `kept` [texts, m], and what those of `run` say of it."""
+        # Texts move on place by place, so a text's own count says which token is drawn.
         sampling = sampling_of(running, self._stack.device)
         mixed, drawn_from = self.mix(texts, place, kept, sampling.temperature)
         tokens, logprobs = self._choose(mixed, drawn_from, sampling)
-        own = self._token_logprobs(texts, place, kept, tokens)
+        own = self._token_logprobs(texts, place, run, tokens)
         return NextTokens(tokens, logprobs, own, _likeliest(mixed, [text.sampling.logprobs for text in running]))
 
     def mix(self, texts: Sequence[int], place: int, kept: Weights, temperature: Tensor) -> tuple[Tensor, Tensor]:

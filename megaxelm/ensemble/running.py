@@ -30,6 +30,8 @@ class RunningText:
     draft_row: CacheRow | None = None
     """What the expert that drafts has read, drafts included."""
     num_written: int = 0
+    detected: str | None = None
+    """The language that the router found."""
 
     @property
     def bound(self) -> int:

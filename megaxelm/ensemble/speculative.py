@@ -47,24 +47,25 @@ class DraftCount:
 def speculative_step(engine: Engine, texts: Sequence[RunningText]) -> list[TokenEvent]:
     """At least one more token of every text, at most `engine.draft_tokens` + 1."""
     drafts = _propose(engine, texts)
-    first = engine.keep()
-    engine.drop_unheard(texts, first)
-    logits = _read_drafts(engine, texts, first, drafts)
-    heard = [set(first.experts[index, first.log_w[index] > -torch.inf].tolist()) for index in range(len(texts))]
+    first, run_first = engine.keep()
+    engine.drop_unheard(texts, run_first)
+    logits = _read_drafts(engine, texts, run_first, drafts)
+    heard = [_heard(run_first, index) for index in range(len(texts))]
     events: list[TokenEvent] = []
     active = list(range(len(texts)))
     for place in range(max(map(len, drafts)) + 1):
-        kept = first if place == 0 else engine.keep()
+        kept, run = (first, run_first) if place == 0 else engine.keep()
         # A weighting that wants an expert which has not read the draft ends it: the next step has it read.
-        active = [index for index in active if set(kept.experts[index, kept.log_w[index] > -torch.inf].tolist()) <= heard[index]]
+        active = [index for index in active if _heard(run, index) <= heard[index]]
         if not active:
             break
         chosen = Weights(kept.log_w[active], kept.experts[active])
         here = [texts[index] for index in active]
-        found = logits.next_tokens(active, place, chosen, here)
+        run = Weights(run.log_w[active], run.experts[active])
+        found = logits.next_tokens(active, place, chosen, run, here)
         tokens = torch.full((len(texts),), NO_TOKEN)
         tokens[active] = torch.tensor(found.tokens)
-        engine.tell_router(tokens, active, chosen, found.own)
+        engine.tell_router(tokens, active, run, found.own)
         emitted = engine.take(here, chosen, found)
         events += emitted
         going_on = []
@@ -111,9 +112,13 @@ def _propose(engine: Engine, texts: Sequence[RunningText]) -> list[list[int]]:
     return drafts
 
 
-def _read_drafts(engine: Engine, texts: Sequence[RunningText], kept: Weights, drafts: Sequence[Sequence[int]]) -> LogitRows:
-    """Logits of every kept expert after each text and after each token of its draft."""
-    pieces, names = engine.pieces(texts, kept, drafts)
+def _heard(run: Weights, index: int) -> set[int]:
+    return set(run.experts[index, run.log_w[index] > -torch.inf].tolist())
+
+
+def _read_drafts(engine: Engine, texts: Sequence[RunningText], run: Weights, drafts: Sequence[Sequence[int]]) -> LogitRows:
+    """Logits of every expert that is run after each text and after each token of its draft."""
+    pieces, names = engine.pieces(texts, run, drafts)
     logits = LogitRows(engine.stack, engine.settings)
     for turn in engine.stack.batches([piece.expert for piece in pieces]):
         part = [index for index, piece in enumerate(pieces) if piece.expert in turn]
@@ -122,6 +127,6 @@ def _read_drafts(engine: Engine, texts: Sequence[RunningText], kept: Weights, dr
         for index, row in zip(part, read.first_row, strict=True):
             text, slot = names[index]
             last = row + len(pieces[index].tokens) - 1 - len(drafts[text])
-            rows += [((text, place, int(kept.experts[text, slot])), last + place) for place in range(len(drafts[text]) + 1)]
+            rows += [((text, place, int(run.experts[text, slot])), last + place) for place in range(len(drafts[text]) + 1)]
         logits.add(read, rows)
     return logits

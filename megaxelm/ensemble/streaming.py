@@ -24,6 +24,12 @@ class TextStream:
         self._shown = list(before[-_CONTEXT:])
         self._waiting: list[int] = []
 
+    def copy(self) -> TextStream:
+        """A stream of its own with the same text so far."""
+        stream = TextStream(self._decode, self._shown)
+        stream._waiting = list(self._waiting)
+        return stream
+
     def push(self, ids: Sequence[int]) -> str:
         """Text that `ids` complete; empty while a character is unfinished."""
         pieces = []
