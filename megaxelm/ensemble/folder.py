@@ -71,19 +71,30 @@ class Ensemble:
             ModelError, RoutingError: its folder is missing, damaged, or does not fit the tokenizer.
         """
         if expert not in self._decoders:
-            decoder = self.loaders[expert]()
-            if decoder.config.vocab_size < self.tokenizer.vocab_size:
-                raise RoutingError(
-                    f"expert {self.experts[expert]}: its vocabulary has {decoder.config.vocab_size} pieces, the ensemble's tokenizer "
-                    f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
-                )
-            self._decoders[expert] = decoder.eval()
+            self._decoders[expert] = self.load_decoder(expert)
         return self._decoders[expert]
+
+    def load_decoder(self, expert: int) -> Decoder:
+        """As `decoder`, but one that is not held yet is not kept, so that its memory is free when the caller lets it go."""
+        if expert in self._decoders:
+            return self._decoders[expert]
+        decoder = self.loaders[expert]()
+        if decoder.config.vocab_size < self.tokenizer.vocab_size:
+            raise RoutingError(
+                f"expert {self.experts[expert]}: its vocabulary has {decoder.config.vocab_size} pieces, the ensemble's tokenizer "
+                f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
+            )
+        return decoder.eval()
 
     @property
     def decoders(self) -> list[Callable[[], Decoder]]:
         """One function a expert, as `scoring` takes them."""
         return [lambda expert=expert: self.decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
+
+    @property
+    def passing_decoders(self) -> list[Callable[[], Decoder]]:
+        """As `decoders`, of which only those that are held already stay in memory."""
+        return [lambda expert=expert: self.load_decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
 
     def router(self, name: str | None = None, **overrides: Any) -> Router:
         """A router of this ensemble; None is its default one. `overrides` as in `make_router`."""

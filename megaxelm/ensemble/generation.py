@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaxelm.ensemble.choice import choose_combine, choose_router
 from megaxelm.ensemble.folder import Ensemble
-from megaxelm.ensemble.mixture import COMBINE, expert_logprobs, mean_logits, mix_logprobs
+from megaxelm.ensemble.mixture import expert_logprobs, mean_logits, mix_logprobs
 from megaxelm.ensemble.reading import ExpertReader
-from megaxelm.ensemble.routers import NO_TOKEN, FixedRouter, Request, Router
+from megaxelm.ensemble.routers import NO_TOKEN, Request, Router
 from megaxelm.ensemble.streaming import TextStream
 from megaxelm.ensemble.weights import Weights
 from megaxelm.ensemble.weights import top_m as keep_top_m
@@ -78,10 +79,8 @@ def generate(
         )
     if languages is not None and len(languages) != len(prompts):
         raise RoutingError(f"{len(languages)} languages for {len(prompts)} prompts: give one a prompt, None where it is not known")
-    combine = combine or ensemble.settings.combine
-    if combine not in COMBINE:
-        raise RoutingError(f"combine = {combine!r}: choose one of {', '.join(COMBINE)}")
-    router, top_m = _router(ensemble, router, top_m, expert)
+    combine = choose_combine(ensemble, combine)
+    router, top_m = choose_router(ensemble, router, top_m, expert)
     if not prompts:
         return []
     prompt_ids = ensemble.tokenizer.encode(list(prompts))
@@ -90,22 +89,6 @@ def generate(
         session = _Session(ensemble, router, requests, top_m, combine, max_new_tokens)
         draws = [_draws(seed, ids, prompt_ids[:row].count(ids)) for row, ids in enumerate(prompt_ids)]
         return _write(session, ensemble, requests, draws, max_new_tokens, temperature, top_p, stop_at_eos, on_token)
-
-
-def _router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:
-    num_experts = len(ensemble.experts)
-    if expert is not None:
-        if router is not None:
-            raise RoutingError(f"expert = {expert!r} and a router were both given: leave one out")
-        if expert not in ensemble.experts:
-            raise RoutingError(f"expert = {expert!r}: this ensemble has {', '.join(ensemble.experts)}")
-        return FixedRouter(ensemble.experts, {expert: 1.0}), 1
-    if router is None or isinstance(router, str):
-        router = ensemble.router(router)
-    top_m = top_m if top_m is not None else ensemble.settings.top_m if ensemble.settings.top_m is not None else num_experts
-    if not 1 <= top_m <= num_experts:
-        raise RoutingError(f"ensemble.top_m = {top_m}: choose 1 to {num_experts}, the number of experts in this ensemble")
-    return router, top_m
 
 
 class _Session:

@@ -149,11 +149,17 @@ class Decoder(nn.Module):
         rows_per_chunk: int | None = None,
         attention: str = "sdpa",
         kernels: str = "auto",
+        rows: Tensor | None = None,
     ) -> TokenScores:
-        """log p(label) of each token of a packed batch; full logits exist for `rows_per_chunk` tokens at a time."""
+        """log p(label) of each token of a packed batch; full logits exist for `rows_per_chunk` tokens at a time.
+
+        With `rows` [M] int64 only these tokens of the batch are scored: `labels` and the scores are then [M], and the head reads no others.
+        """
         kernels = self._kernels(kernels)
         hidden = self._hidden(tokens, positions, cu_seqlens, None, attention, kernels, training=False)
-        _same_length("labels", labels, tokens)
+        if rows is not None:
+            hidden = hidden[rows]
+        _same_length("labels", labels, tokens if rows is None else rows)
         return TokenScores(self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True, kernels=kernels).float())
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
