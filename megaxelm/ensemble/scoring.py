@@ -188,8 +188,9 @@ def weighted_scores(
         streams = None
         if combine == "mixture" or weights is None:
             streams = expert_streams(decoders, documents_ids, start_id, experts_of, token_budget, windows=windows, on_tokens=bar.update)
-            for stream, experts in zip(streams, experts_of or [range(len(decoders))] * len(streams), strict=True):
-                _refuse_broken(stream, experts)
+            for stream, experts in zip(streams, experts_of or [list(range(len(decoders)))] * len(streams), strict=True):
+                for expert in experts:
+                    refuse_broken(stream[expert], expert)
         if weights is None:
             assert streams is not None
             weights = [weights_along(router, *each, top_m, stream) for each, stream in zip(asked, streams, strict=True)]
@@ -201,10 +202,7 @@ def weighted_scores(
     return [DocumentScore(logprob, log_w) for logprob, log_w in zip(found, weights, strict=True)]
 
 
-def _refuse_broken(stream: Tensor, experts: Sequence[int]) -> None:
-    """NaN means an expert that was not run; one that was run and gives NaN would be taken for it."""
-    broken = [expert for expert in experts if bool(stream[expert].isnan().any())]
-    if broken:
-        raise RoutingError(
-            f"expert number {broken[0]} gives log-probabilities that are not numbers; its weights are broken, train it again"
-        )
+def refuse_broken(logprobs: Tensor, expert: int) -> None:
+    """Raises RoutingError where an expert that was run gives NaN, which otherwise means that it was not run."""
+    if bool(logprobs.isnan().any()):
+        raise RoutingError(f"expert number {expert} gives log-probabilities that are not numbers; it is broken, train it again")

@@ -157,10 +157,15 @@ class Decoder(nn.Module):
         """
         kernels = self._kernels(kernels)
         hidden = self._hidden(tokens, positions, cu_seqlens, None, attention, kernels, training=False)
-        if rows is not None:
-            hidden = hidden[rows]
-        _same_length("labels", labels, tokens if rows is None else rows)
-        return TokenScores(self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True, kernels=kernels).float())
+        return self.score_hidden(hidden if rows is None else hidden[rows], labels, rows_per_chunk, kernels)
+
+    @torch.no_grad()
+    def score_hidden(self, hidden: Tensor, labels: Tensor, rows_per_chunk: int | None = None, kernels: str = "auto") -> TokenScores:
+        """log p(label) of each row of hidden states [M, H] that `forward` or `decode` gave; `labels` [M] int64."""
+        if labels.shape != hidden.shape[:1]:
+            raise ModelError(f"labels have shape {tuple(labels.shape)}, hidden states {tuple(hidden.shape)}: one a row")
+        found = self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True, kernels=self._kernels(kernels))
+        return TokenScores(found.float())
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `max_length` tokens.
