@@ -75,6 +75,7 @@ setup(
             "k-means-constrained>=0.9",
             "megatron-core>=0.16,<0.17",
             "accelerate>=1.10",
+            "lm-eval>=0.4.13",
         ],
     },
     entry_points={"console_scripts": ["megaxelm = megaxelm.cli:main"]},

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaxelm.ensemble.choice import choose_combine, choose_router
 from megaxelm.ensemble.folder import Ensemble
 from megaxelm.ensemble.mixture_head import LogitRows, MixtureSettings, NextTokens, fused, sampling_of
 from megaxelm.ensemble.routers import FixedRouter, Request, Router
@@ -35,7 +36,6 @@ from megaxelm.errors import RoutingError
 from megaxelm.model.stacked import Piece, Read
 from megaxelm_kernels.linear_cross_entropy import target_logprobs
 
-COMBINE = ("mixture", "logit_mean")
 TEMPERATURE_ON = ("mixture", "experts")
 PREFILL_TOKENS = 8192
 """Tokens of prompts, of all experts together, that one step reads at most, unless a single prompt is longer."""
@@ -74,16 +74,14 @@ class Engine:
         draft: str | None = None,
         draft_tokens: int = 4,
     ) -> None:
-        settings = ensemble.settings
-        combine = combine or settings.combine
-        temperature_on = temperature_on or settings.temperature_on
-        for name, value, choices in (("combine", combine, COMBINE), ("temperature_on", temperature_on, TEMPERATURE_ON)):
-            if value not in choices:
-                raise RoutingError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
+        temperature_on = temperature_on or ensemble.settings.temperature_on
+        if temperature_on not in TEMPERATURE_ON:
+            raise RoutingError(f"temperature_on = {temperature_on!r}: choose one of {', '.join(TEMPERATURE_ON)}")
         if max_batch < 1:
             raise RoutingError(f"max_batch = {max_batch}: choose at least 1")
-        self.ensemble, self.settings, self.max_batch = ensemble, MixtureSettings(combine, temperature_on), max_batch
-        self.router, self.top_m = _router(ensemble, router, top_m, expert)
+        self.ensemble, self.max_batch = ensemble, max_batch
+        self.settings = MixtureSettings(choose_combine(ensemble, combine), temperature_on)
+        self.router, self.top_m = choose_router(ensemble, router, top_m, expert)
         self.shards = shards
         self.draft = None if draft is None else _draft(ensemble, draft, draft_tokens, shards)
         self.draft_tokens, self.drafted = draft_tokens, DraftCount()
@@ -331,22 +329,6 @@ class Engine:
     def _local(self, expert: int) -> int | None:
         """Number of an expert in the stack; None where another rank has it."""
         return self._experts.index(expert) if expert in self._experts else None
-
-
-def _router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:
-    num_experts = len(ensemble.trained)
-    if expert is not None:
-        if router is not None:
-            raise RoutingError(f"expert = {expert!r} and a router were both given: leave one out")
-        if expert not in ensemble.experts:
-            raise RoutingError(f"expert = {expert!r}: this ensemble has {', '.join(ensemble.experts)}")
-        return FixedRouter(ensemble.experts, {expert: 1.0}), 1
-    if router is None or isinstance(router, str):
-        router = ensemble.router(router)
-    top_m = top_m if top_m is not None else ensemble.settings.top_m if ensemble.settings.top_m is not None else num_experts
-    if not 1 <= top_m <= num_experts:
-        raise RoutingError(f"ensemble.top_m = {top_m}: choose 1 to {num_experts}, the number of experts in this ensemble")
-    return router, top_m
 
 
 def _candidates(router: Router) -> list[int]:

@@ -95,10 +95,16 @@ class Ensemble:
             ModelError, RoutingError: its folder is missing, damaged, or does not fit the tokenizer.
         """
         if expert not in self._decoders:
-            decoder = self.loaders[expert]()
-            self._check_vocabulary(expert, decoder.config.vocab_size)
-            self._decoders[expert] = decoder.eval()
+            self._decoders[expert] = self.load_decoder(expert)
         return self._decoders[expert]
+
+    def load_decoder(self, expert: int) -> Decoder:
+        """As `decoder`, but one that is not held yet is not kept, so that its memory is free when the caller lets it go."""
+        if expert in self._decoders:
+            return self._decoders[expert]
+        decoder = self.loaders[expert]()
+        self._check_vocabulary(expert, decoder.config.vocab_size)
+        return decoder.eval()
 
     def stack(self, experts: Sequence[int] | None = None, resident: int | None = None, kernels: str = "auto") -> StackedDecoder:
         """Some experts (None: all) as one model, in this order; kept until another one is asked for.
@@ -132,6 +138,11 @@ class Ensemble:
     def decoders(self) -> list[Callable[[], Decoder]]:
         """One function a expert, as `scoring` takes them."""
         return [lambda expert=expert: self.decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
+
+    @property
+    def passing_decoders(self) -> list[Callable[[], Decoder]]:
+        """As `decoders`, of which only those that are held already stay in memory."""
+        return [lambda expert=expert: self.load_decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
 
     def router(self, name: str | None = None, **overrides: Any) -> Router:
         """A router of this ensemble; None is its default one. `overrides` as in `make_router`."""
