@@ -37,6 +37,7 @@ class GenerationResult:
     text: str = ""
     logprobs: list[float] = field(default_factory=list)  # of each token under the mixture (nats), before temperature and top_p
     weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not run
+    finish_reason: str | None = None  # `stop` or `length`
 
     def mean_weights(self) -> dict[str, float]:
         """Weight of each expert by name, averaged over the tokens; empty when nothing was written."""

@@ -58,6 +58,8 @@ class GenerationRequest:
     prompt: str | Sequence[int]
     language: str | None = None
     sampling: SamplingParams = SamplingParams()
+    sequence: int = 0
+    """Number of the draw: texts of one seed and prompt differ by it. Nothing else of a batch decides about a sample."""
 
 
 @dataclass(frozen=True)
