@@ -49,6 +49,7 @@ class ScriptedEngine:
         self.tokenizer = ByteTokenizer()
         self.running: dict[int, _Job] = {}
         self.waiting: dict[int, _Job] = {}
+        self.asked: list[GenerationRequest] = []
         self.cancelled: list[int] = []
         self.widest = 0
         self.steps = 0
@@ -80,6 +81,7 @@ class ScriptedEngine:
         if request.language not in (None, "xx"):
             raise RoutingError(f"router language: no expert for the language {request.language!r}")
         self.number += 1
+        self.asked.append(request)
         self.waiting[self.number] = _Job(request, ids, TextStream(self.tokenizer.decode, ids))
         return self.number
 

@@ -10,6 +10,8 @@ import openai
 import pytest
 from scripted_engine import ByteTokenizer, scripted_text, wait_for
 
+from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
+
 
 def test_the_official_client_gets_a_completion_and_its_usage(serve: Callable[..., Any]) -> None:
     found = serve().client().completions.create(model="tiny", prompt="The cat", max_tokens=9, temperature=0)
@@ -100,6 +102,27 @@ def test_a_streamed_logprob_has_its_place_in_the_text(serve: Callable[..., Any])
     chunks = list(stream)
     assert [chunk.choices[0].logprobs.text_offset for chunk in chunks] == [[0], [1], [2]]
     assert [chunk.choices[0].weights["tokens"] for chunk in chunks] == [[[0.75, 0.25]]] * 3
+
+
+def test_a_stream_is_server_sent_events_and_says_when_it_is_done(make_service: Callable[..., Any]) -> None:
+    with make_service().test_client() as client:
+        response = client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 3, "stream": True, "echo": True})
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = response.text.split("\n\n")
+        assert all(line.startswith("data: {") for line in lines[:-2]) and lines[-2:] == ["data: [DONE]", ""]
+
+
+def test_all_of_a_request_reaches_the_engine(make_service: Callable[..., Any]) -> None:
+    served = make_service()
+    given = {"max_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 9, "logprobs": 2, "ignore_eos": True}
+    with served.test_client() as client:
+        for more in (given | {"language": "xx", "stop": ["a", "bc"], "n": 2}, {"stop": "z"}):
+            assert client.post("/v1/completions", json={"model": "tiny", "prompt": "x"} | more).status_code == 200
+    full = SamplingParams(7, 0.5, 3, 0.9, 0.1, 9, ("a", "bc"), False, 2)
+    ids = [ord("x") + 4]
+    assert served.engine.asked[:2] == [GenerationRequest(ids, "xx", full, 0), GenerationRequest(ids, "xx", full, 1)]
+    drawn = served.engine.asked[2].sampling.seed
+    assert served.engine.asked[2:] == [GenerationRequest(ids, None, SamplingParams(16, 1.0, seed=drawn, stop=("z",)))]
 
 
 def test_a_stream_comes_while_it_is_written(serve: Callable[..., Any]) -> None:
