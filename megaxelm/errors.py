@@ -45,6 +45,10 @@ class RoutingError(MegaxelmError):
     """A router or the ensemble was asked for something it cannot do."""
 
 
+class ServeError(MegaxelmError):
+    """The server cannot start with these settings."""
+
+
 class StageError(MegaxelmError):
     """A stage of the run cannot be made, or an input of it is missing."""
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megaxelm.ensemble.choice import choose_combine, choose_router
 from megaxelm.ensemble.folder import Ensemble
+from megaxelm.ensemble.mixture import TEMPERATURE_ON
 from megaxelm.ensemble.mixture_head import LogitRows, MixtureSettings, NextTokens, fused, sampling_of
 from megaxelm.ensemble.routers import FixedRouter, Request, Router
 from megaxelm.ensemble.running import RunningText, running_text
@@ -36,7 +37,7 @@ from megaxelm.errors import RoutingError
 from megaxelm.model.stacked import Piece, Read
 from megaxelm_kernels.linear_cross_entropy import target_logprobs
 
-TEMPERATURE_ON = ("mixture", "experts")
+
 PREFILL_TOKENS = 8192
 """Tokens of prompts, of all experts together, that one step reads at most, unless a single prompt is longer."""
 

@@ -32,7 +32,7 @@ def test_setup_has_no_side_effects(tmp_path: Path) -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    heavy = ("torch", "transformers", "deepspeed", "sklearn", "matplotlib")
+    heavy = ("torch", "transformers", "deepspeed", "sklearn", "matplotlib", "fastapi", "uvicorn")
     code = f"import sys, megaxelm.cli; print([name for name in {heavy} if name in sys.modules])"
     done = run(sys.executable, "-c", code, cwd=REPOSITORY, PYTHONPATH="kernels")
     assert done.stdout.strip() == "[]", done.stderr
@@ -73,6 +73,7 @@ ALLOWED = {
     "plan": {"model", "train"},
     "ensemble": {"corpus", "cluster", "model"},
     "evaluate": {"corpus", "ensemble", "model"},
+    "serve": {"ensemble"},
     "report": set(),
 }
 
