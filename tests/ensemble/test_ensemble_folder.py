@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as backend_decoders
 from tokenizers import models
@@ -18,6 +19,7 @@ from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.ensemble.folder import EnsembleSettings, load_ensemble, save_ensemble
 from megaxelm.ensemble.generation import generate
 from megaxelm.ensemble.routers import RouterData
+from megaxelm.ensemble.shards import Shards
 from megaxelm.errors import MegaxelmError, RoutingError
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import save_pretrained
@@ -214,3 +216,27 @@ def test_a_missing_export_names_the_expert(parts: Path, tmp_path: Path) -> None:
     exports = {"e0": parts / "exports" / "e0", "e9": parts / "exports" / "e9"}
     with pytest.raises(RoutingError, match="expert e9: no export"):
         save_ensemble(tmp_path / "out", exports, parts / "tokenizer", RouterData(["e0", "e9"]))
+
+
+def test_ranks_that_share_the_experts_write_what_one_process_writes(folder: Path) -> None:
+    """Experts 0 and 2 on one rank, 1 on the other; greedy and drawn, every kind of router, all ranks alike."""
+    settings: list[tuple[str, int | None, str, float]] = [
+        ("uniform", None, "mixture", 0.0),
+        ("posterior", None, "mixture", 0.0),
+        ("posterior", 2, "mixture", 0.9),
+        ("tfidf", 2, "mixture", 0.9),
+        ("language", 1, "mixture", 0.0),
+        ("uniform", None, "logit_mean", 0.0),
+    ]
+    printed = json.loads(run_ranks("ensemble/shard_ranks.py", 2, str(folder), json.dumps(settings)))
+    assert printed["stack"] == 2 and printed["experts"] == 0, "a rank holds its own experts alone"
+    ensemble = load_ensemble(folder)
+    for router, top_m, combine, temperature in settings:
+        options = {"router": router, "top_m": top_m, "combine": combine, "temperature": temperature, "languages": ["en"] * 3}
+        alone = generate(ensemble, ["the cat", "кот", ""], max_new_tokens=8, stop_at_eos=False, **options)  # type: ignore[arg-type]
+        assert printed["written"][f"{router} {top_m} {combine} {temperature}"] == [result.token_ids for result in alone]
+
+
+def test_more_ranks_than_experts_are_refused() -> None:
+    with pytest.raises(RoutingError, match=r"ensemble.devices = 4: choose 1 to 3"):
+        Shards(3, rank=0, ranks=4)
