@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megaxelm.ensemble.folder import Ensemble
-from megaxelm.ensemble.mixture import COMBINE, expert_logprobs, mean_logits, mix_logprobs
+from megaxelm.ensemble.mixture import COMBINE, combine_logits, expert_logprobs
 from megaxelm.ensemble.reading import ExpertReader
 from megaxelm.ensemble.routers import NO_TOKEN, FixedRouter, Request, Router
 from megaxelm.ensemble.streaming import TextStream
@@ -35,7 +35,8 @@ class GenerationResult:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] = field(default_factory=list)  # of each token under the mixture (nats), before temperature and top_p
-    weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not run
+    weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not speak
+    detected_language: str | None = None  # what the language router read off a prompt that came without
 
     def mean_weights(self) -> dict[str, float]:
         """Weight of each expert by name, averaged over the tokens; empty when nothing was written."""
@@ -86,9 +87,11 @@ def generate(
     prompt_ids = ensemble.tokenizer.encode(list(prompts))
     requests = [Request(ids, None if languages is None else languages[row]) for row, ids in enumerate(prompt_ids)]
     with torch.inference_mode():
-        session = _Session(ensemble, router, requests, top_m, combine, max_new_tokens)
+        # A temperature of the experts is part of what they say; the mixture of it is drawn from as it is.
+        of_experts = temperature if ensemble.settings.temperature_on == "experts" and temperature > 0 else None
+        session = _Session(ensemble, router, requests, top_m, combine, max_new_tokens, of_experts)
         draws = [_draws(seed, ids, prompt_ids[:row].count(ids)) for row, ids in enumerate(prompt_ids)]
-        return _write(session, ensemble, requests, draws, max_new_tokens, temperature, top_p, stop_at_eos, on_token)
+        return _write(session, ensemble, requests, draws, max_new_tokens, 1.0 if of_experts else temperature, top_p, stop_at_eos, on_token)
 
 
 def _router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:
@@ -111,9 +114,16 @@ class _Session:
     """The texts of one batch, the router's state, and the experts' caches."""
 
     def __init__(
-        self, ensemble: Ensemble, router: Router, requests: Sequence[Request], top_m: int, combine: str, max_new_tokens: int
+        self,
+        ensemble: Ensemble,
+        router: Router,
+        requests: Sequence[Request],
+        top_m: int,
+        combine: str,
+        max_new_tokens: int,
+        temperature: float | None,
     ) -> None:
-        self.ensemble, self.router, self.top_m, self.combine = ensemble, router, top_m, combine
+        self.ensemble, self.router, self.top_m, self.combine, self.temperature = ensemble, router, top_m, combine, temperature
         self.history = [[ensemble.tokenizer.start_id, *request.prompt_ids] for request in requests]
         self.max_length = max(map(len, self.history)) + max_new_tokens - 1
         self.readers: dict[int, ExpertReader] = {}
@@ -137,11 +147,16 @@ class _Session:
             tokens = [ids[position + 1] if position + 1 < len(ids) else NO_TOKEN for ids in self.history]
             self.router.update(self.state, torch.tensor(tokens), scores[:, position])
 
-    def next_logprobs(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Weights]:
-        """For the texts `rows`: mixture [rows, vocab], each kept expert's own [rows, m, vocab], and the weights [rows, m]."""
-        kept = self.router.keep(self.router.weights(self.state)[list(rows)], self.top_m)
+    def next_logprobs(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Weights, Tensor]:
+        """For the texts `rows`: mixture [rows, vocab], what is drawn from [rows, vocab], each expert's own [rows, m, vocab], the weights
+        [rows, m], and which of the experts have run [rows, m] bool."""
+        log_w = self.router.weights(self.state)[list(rows)]
+        kept = self.router.keep(log_w, self.top_m)
         heard = kept.log_w > -torch.inf
-        if self.router.needs_expert_logprobs:
+        if self.router.reads_all:
+            num_experts = self.router.num_experts
+            kept, heard = Weights(kept.dense(num_experts), torch.arange(num_experts).expand(len(rows), -1)), log_w > -torch.inf
+        elif self.router.needs_expert_logprobs:
             # An expert that misses a token cannot be believed again, so what it keeps of the text is of no more use.
             for expert, reader in self.readers.items():
                 for row in (row for index, row in enumerate(rows) if expert not in kept.experts[index, heard[index]].tolist()):
@@ -154,19 +169,18 @@ class _Session:
                 stacked = logits.new_zeros(len(rows), kept.experts.shape[1], logits.shape[-1])
             stacked[where, slot] = logits
         assert stacked is not None  # top_m gives every row an expert
-        own = expert_logprobs(stacked)
-        mixed = mix_logprobs(own, kept.log_w) if self.combine == "mixture" else mean_logits(stacked, kept.log_w)
-        return mixed, own, kept
+        mixed = combine_logits(stacked, kept.log_w, self.combine)
+        drawn = mixed if self.temperature is None else combine_logits(stacked / self.temperature, kept.log_w, self.combine)
+        return mixed, drawn, expert_logprobs(stacked), kept, heard
 
-    def append(self, rows: Sequence[int], tokens: Sequence[int], own: Tensor, kept: Weights) -> None:
+    def append(self, rows: Sequence[int], tokens: Sequence[int], own: Tensor, kept: Weights, heard: Tensor) -> None:
         """Put one token behind each text of `rows` and tell the router."""
         update = torch.full((len(self.history),), NO_TOKEN)
         given = torch.full((len(self.history), len(self.ensemble.experts)), -torch.inf, dtype=torch.float64)
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             self.history[row].append(token)
             update[row] = token
-            heard = kept.log_w[index] > -torch.inf
-            given[row, kept.experts[index, heard]] = own[index, heard, token].to(given)
+            given[row, kept.experts[index, heard[index]]] = own[index, heard[index], token].to(given)
         self.router.update(self.state, update, given if self.router.needs_expert_logprobs else None)
 
     def forget(self, row: int) -> None:
@@ -186,13 +200,14 @@ def _write(
     stop_at_eos: bool,
     on_token: OnToken | None,
 ) -> list[GenerationResult]:
-    results = [GenerationResult(list(ensemble.experts)) for _ in requests]
+    languages = session.router.detected(session.state)
+    results = [GenerationResult(list(ensemble.experts), detected_language=language) for language in languages]
     streams = [TextStream(ensemble.tokenizer.decode, request.prompt_ids) for request in requests]
     rows = list(range(len(requests)))
     for step in range(max_new_tokens):
-        mixed, own, kept = session.next_logprobs(rows)
-        tokens = [_choose(mixed[index], temperature, top_p, draws[row]) for index, row in enumerate(rows)]
-        session.append(rows, tokens, own, kept)
+        mixed, drawn, own, kept, heard = session.next_logprobs(rows)
+        tokens = [_choose(drawn[index], temperature, top_p, draws[row]) for index, row in enumerate(rows)]
+        session.append(rows, tokens, own, kept, heard)
         weights = kept.dense(len(ensemble.experts)).exp()
         going_on = []
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
