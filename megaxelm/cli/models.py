@@ -44,7 +44,7 @@ def export(
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or an ensemble folder that was moved.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue. Repeatable.")],
-    language: Annotated[str | None, typer.Option(help="Language of the prompts, for the language router.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the prompts, for the language router. Default: detected.")] = None,
     expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture.")] = None,
     router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
     top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as backend_decoders
 from tokenizers import models
 
+from megaxelm.cli.models import generate as generate_command
 from megaxelm.cluster.space import TfidfSpace
 from megaxelm.corpus.tokenizer import Tokenizer
-from megaxelm.ensemble.folder import EnsembleSettings, load_ensemble, save_ensemble
+from megaxelm.ensemble.folder import Ensemble, EnsembleSettings, load_ensemble, save_ensemble
 from megaxelm.ensemble.generation import generate
-from megaxelm.ensemble.routers import RouterData
+from megaxelm.ensemble.routers import Router, RouterData, make_router
 from megaxelm.errors import MegaxelmError, RoutingError
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import save_pretrained
@@ -188,6 +189,25 @@ def test_a_fallback_must_be_saved_last(parts: Path, tmp_path: Path) -> None:
     exports = {f"e{number}": parts / "exports" / f"e{number}" for number in range(2)}
     with pytest.raises(RoutingError, match="the fallback e0 must be the last expert"):
         save_ensemble(tmp_path / "out", exports, parts / "tokenizer", RouterData(["e0", "e1"], fallback="e0"))
+
+
+def test_the_command_line_takes_settings_of_routers_and_tells_the_language(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {}
+
+    def remember(ensemble: Ensemble, name: str | None = None, **overrides: object) -> Router:
+        made.update(overrides, name=name)
+        return make_router(name or "tfidf", ensemble.data, **overrides)
+
+    monkeypatch.setattr(Ensemble, "router", remember)
+    generate_command(folder, ["Все люди"], router="language", max_new_tokens=2)
+    assert "language ru (detected); mean weights: e1 1.00" in capsys.readouterr().err and made == {"name": "language"}
+    options = {"refresh": "chunk", "refresh_tokens": 3, "posterior_reads": "all"}
+    generate_command(folder, ["a"], router="posterior", max_new_tokens=2, posterior_decay="one-step", **options)  # type: ignore[arg-type]
+    assert made == {"name": "posterior", "posterior_decay": 0.0, **options}
+    with pytest.raises(RoutingError, match="--posterior-decay half: choose cumulative, one-step, or a number from 0 to 1"):
+        generate_command(folder, ["a"], posterior_decay="half")
 
 
 def test_a_folder_of_the_format_before_is_told_apart(folder: Path) -> None:
