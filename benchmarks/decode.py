@@ -1,17 +1,18 @@
 """Decoding from a mixture of experts: ours beside transformers' models, one cached forward each a token, their probabilities mixed.
 
-    python benchmarks/decode.py [--shape 10m|66m|1.7b] [--experts 1,2,4,8] [--batch 1,8] [--context 128] [--tokens 24] [--turns 3] [--scoring]
-    python benchmarks/decode.py --shape 10m --device cpu --output decode.jsonl
+    python benchmarks/decode.py [--shape 10m|66m|1.7b] [--experts 1,2,4,8] [--batch 1,8] [--context 128] [--tokens 24] [--turns 3]
+    python benchmarks/decode.py --scoring --experts 4 --output score.jsonl
 
 loop      each expert's transformers model runs one token behind its DynamicCache; log-softmax, log-sum-exp over the experts, arg max
 graphs    the same with static caches, a CUDA graph for each expert, one after the other (CUDA only)
 branches  one CUDA graph in which every expert's forward is a branch of its own stream (CUDA only)
 ours      `megaxelm.ensemble.engine`: stacked experts, one product for all
 
-All have the same random weights and prompts, write greedily, and are compared first: a token may differ only where the peer's two likeliest are
-within 1e-4 (fp32) or 0.1 (bf16), which is counted. Then they take turns A B A B; the figure is the median of all timed steps, reading the
-prompt is not timed. `floor`: the bytes that a step has to read (weights once, keys and values of the context) at this device's measured rate of
-reading. `--scoring` scores a batch of long texts instead: ours beside transformers' models with logits in chunks. Prints a table, then one JSON line.
+All have the same random weights and prompts, write greedily, and are compared first: a token may differ only where the peer's two
+likeliest are within 1e-4 (fp32) or 0.1 (bf16), which is counted. Then they take turns A B A B; the figure is the median of all timed steps,
+reading the prompt is not timed. `floor`: the bytes that a step has to read (weights once, keys and values of the context) at this
+device's measured rate of reading. `--scoring` scores long texts instead: ours beside transformers' models with logits in chunks of rows.
+Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -256,8 +257,8 @@ def step_bytes(config: DecoderConfig, experts: int, batch: int, context: int, it
     return experts * (weights + cached) * itemsize
 
 
-def compare(sides: dict[str, Step], gaps: list[list[float]], steps: int, bound: float) -> tuple[dict[str, int], dict[str, list[list[int]]]]:
-    """Let all sides write; tokens that differ from the loop's although the loop was sure are an error. Differing texts are not compared on."""
+def compare(sides: dict[str, Step], gaps: list[list[float]], steps: int, bound: float) -> dict[str, int]:
+    """Let all sides write; a token that differs from the loop's although the loop was sure is an error. What follows is not compared."""
     written = {name: [step() for _ in range(steps)] for name, step in sides.items()}
     differ = dict.fromkeys(sides, 0)
     for name, rows in written.items():
@@ -270,7 +271,7 @@ def compare(sides: dict[str, Step], gaps: list[list[float]], steps: int, bound: 
                         raise SystemExit(f"{name}: text {text}, token {number}: {ours[text]} is not {theirs[text]}, {gap:.2g} ahead")
                     differ[name] += 1
                     apart.add(text)
-    return differ, written
+    return differ
 
 
 def decode(options: argparse.Namespace, experts: int, batch: int, context: int, folder: Path, rate: float) -> list[Row]:
@@ -299,7 +300,7 @@ def decode(options: argparse.Namespace, experts: int, batch: int, context: int, 
     if device.type == "cuda":
         sides["graphs"] = Graphs(models, on_device, context + total, False).step
         sides["branches"] = Graphs(models, on_device, context + total, True).step
-    differ, _ = compare(sides, loop.gaps, options.tokens, 1e-4 if dtype == torch.float32 else 0.1)
+    differ = compare(sides, loop.gaps, options.tokens, 1e-4 if dtype == torch.float32 else 0.1)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.turns):
         for name, step in sides.items():
@@ -411,8 +412,8 @@ def main() -> None:
                         rows.append(asdict(row))
                         print(
                             f"{row.side:9s} experts {row.experts} batch {row.batch:2d} context {row.context:4d}: {row.ms:8.2f} ms a step "
-                            f"({row.p10:.2f}-{row.p90:.2f}), {row.tokens_per_second:8.1f} tokens/s, {row.percent_of_floor:5.1f} % of the floor "
-                            f"of {row.floor_ms:.2f} ms, {row.ratio:.2f} x the loop, {row.differ} near ties",
+                            f"({row.p10:.2f}-{row.p90:.2f}), {row.tokens_per_second:8.1f} tokens/s, {row.percent_of_floor:5.1f} % of "
+                            f"the floor of {row.floor_ms:.2f} ms, {row.ratio:.2f} x the loop, {row.differ} near ties",
                             flush=True,
                         )
     machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
