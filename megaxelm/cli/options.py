@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megaxelm.errors import StageError
+from megaxelm.errors import RoutingError, StageError
 from megaxelm.recipe import Recipe, load_recipe
 from megaxelm.run import RunFolder
+
+if TYPE_CHECKING:
+    from megaxelm.ensemble.engine import Engine
+    from megaxelm.ensemble.folder import Ensemble
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the recipe of one.")]
@@ -31,3 +35,26 @@ def open_run(path: Path, overrides: list[str] | None, runs: Path) -> tuple[RunFo
     if not folder.path.exists():
         raise StageError(f"{folder.path}: this recipe has not been run yet: megaxelm run {path}")
     return folder, recipe
+
+
+def open_mixture(run: Path, dtype: str, device: str | None, **settings: Any) -> tuple[Ensemble, Engine]:
+    """The ensemble of a run, or one that was moved, and an engine over it.
+
+    Args:
+        device: None takes CUDA where there is one. settings: of the engine.
+    """
+    import torch
+
+    from megaxelm.ensemble.engine import Engine
+    from megaxelm.ensemble.folder import load_ensemble
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise RoutingError(f"--dtype {dtype}: choose one of {', '.join(dtypes)}")
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise RoutingError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); choose cpu, or leave it out") from None
+    ensemble = load_ensemble(run if (run / "config.json").exists() else run / "ensemble", dtypes[dtype], chosen)
+    return ensemble, Engine(ensemble, **settings)
