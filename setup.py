@@ -76,6 +76,7 @@ setup(
             "k-means-constrained>=0.9",
             "megatron-core>=0.16,<0.17",
             "accelerate>=1.10",
+            "lm-eval>=0.4.13",
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "prometheus-client>=0.20",

@@ -165,7 +165,8 @@ class Stages:
 
     def _ensemble_made_from(self) -> MadeFrom:
         settings = {"ensemble": result_settings(self.recipe.ensemble), "tfidf": result_settings(self.recipe.clusters.tfidf)}
-        experts = [f"experts/{name}" for name, member in self.members().items() if member.kind == "expert"]
+        fallback = self.recipe.ensemble.fallback
+        experts = [f"experts/{name}" for name, member in self.members().items() if member.kind == "expert" or name == fallback]
         return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
 
     def _evaluation_made_from(self) -> MadeFrom:

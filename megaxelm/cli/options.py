@@ -47,12 +47,13 @@ def open_mixture(run: Path, dtype: str, device: str | None, **settings: Any) -> 
 
     from megaxelm.ensemble.engine import Engine
     from megaxelm.ensemble.folder import load_ensemble
+    from megaxelm.ensemble.text_scores import default_device
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise RoutingError(f"--dtype {dtype}: choose one of {', '.join(dtypes)}")
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or default_device())
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise RoutingError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); choose cpu, or leave it out") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,8 +122,38 @@ def status(
     print("\n".join(json.dumps(asdict(item), ensure_ascii=False) for item in members) if as_json else status_text(lines, members))
 
 
-def evaluate(run: RunArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Bits per byte and perplexity by language of seed, dense, experts and mixtures; made again only when stale."""
+def evaluate(
+    run: RunArgument,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by comma; the rest belongs to them.")] = None,
+    include_path: Annotated[Path | None, typer.Option("--include_path", "--include-path", help="Folder of task files (YAML).")] = None,
+    limit: Annotated[float | None, typer.Option(help="Documents a task; below 1: the share of them.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num_fewshot", "--num-fewshot", help="Examples in front of each document.")] = None,
+    router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
+    top_m: Annotated[int | None, typer.Option(help="Experts kept. Default: the ensemble's.")] = None,
+    expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture.")] = None,
+    combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of all texts, for the language router.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts at one time. Default: 64.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the results (JSON).")] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Bits per byte and perplexity by language of seed, dense, experts and mixtures; made when stale. With --tasks: of the harness."""
+    given: dict[str, Any] = {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "router": router,
+        "top_m": top_m,
+        "expert": expert,
+        "combine": combine,
+    }
+    given |= {"language": language, "batch_size": batch_size, "include_path": include_path}
+    if tasks is not None:
+        _evaluate_tasks(run, runs, tasks, output, given)
+        return
+    wrong = [name for name, value in (given | {"output": output}).items() if value is not None]
+    if wrong:
+        raise StageError(f"--{wrong[0].replace('_', '-')}: belongs to --tasks, which is missing")
     from megaxelm.stages import Stages
 
     folder, recipe = open_run(run, overrides, runs)
@@ -131,6 +161,23 @@ def evaluate(run: RunArgument, overrides: SetOption = None, runs: RunsOption = R
     stages.make_one("ensemble")
     stages.make_one("evaluation")
     _print_table(folder)
+
+
+def _evaluate_tasks(run: Path, runs: Path, tasks: str, output: Path | None, options: dict[str, Any]) -> None:
+    from megaxelm.evaluate.harness import results_json, results_text, run_tasks  # says first what is not installed
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise StageError("--tasks: names no task; give some by comma, e.g. --tasks xcopa_sw,xcopa_tr")
+    from megaxelm.ensemble.folder import load_ensemble
+    from megaxelm.ensemble.text_scores import default_device
+
+    folder = run if (run / "config.json").exists() else run / "ensemble" if run.is_dir() else open_run(run, None, runs)[0].path / "ensemble"
+    results = run_tasks(load_ensemble(folder, device=default_device()), names, **options)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(results_json(results), encoding="utf-8")
+    print(results_text(results))
 
 
 def report(run: RunArgument, runs: RunsOption = RUNS) -> None:

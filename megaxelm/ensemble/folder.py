@@ -2,7 +2,7 @@
 
 ```
 ensemble/
-  config.json        model_type "xelm": experts in order, their languages, default router, top_m, combine
+  config.json        model_type "xelm": experts in order (the fallback expert last), their languages, default router, top_m, combine
   tokenizer/         Hugging Face tokenizer files
   router/            router.json, and for `tfidf` centres.safetensors and the vector space
   experts/<name>/    Hugging Face checkpoint folder; hard links to the exports where the disk allows, else copies
@@ -14,13 +14,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megaxelm.ensemble.mixture import COMBINE
+from megaxelm.ensemble.mixture import COMBINE, TEMPERATURE_ON
 from megaxelm.ensemble.routers import ROUTER_NAMES, Router, RouterData, make_router
 from megaxelm.errors import MegaxelmError, RoutingError
 from megaxelm.files import read_json, write_json
@@ -28,9 +29,11 @@ from megaxelm.files import read_json, write_json
 if TYPE_CHECKING:
     from megaxelm.corpus.tokenizer import Tokenizer
     from megaxelm.model.decoder import Decoder
+    from megaxelm.model.source import WeightSource
+    from megaxelm.model.stacked import StackedDecoder
 
 MODEL_TYPE = "xelm"
-FORMAT = 1
+FORMAT = 2
 SPACE_NAME = "space"
 
 
@@ -41,20 +44,26 @@ class EnsembleSettings:
     router: str = "posterior"
     top_m: int | None = None
     combine: str = "mixture"
+    temperature_on: str = "mixture"
 
     def check(self, num_experts: int, where: str) -> None:
-        """Raises RoutingError for a value out of range, naming `where` it stands."""
+        """Raises RoutingError for a value out of range, naming `where` it stands; `num_experts` are the trained ones."""
         if self.router not in ROUTER_NAMES:
             raise RoutingError(f"{where}: router = {self.router!r}: choose one of {', '.join(ROUTER_NAMES)}")
         if self.combine not in COMBINE:
             raise RoutingError(f"{where}: combine = {self.combine!r}: choose one of {', '.join(COMBINE)}")
+        if self.temperature_on not in TEMPERATURE_ON:
+            raise RoutingError(f"{where}: temperature_on = {self.temperature_on!r}: choose one of {', '.join(TEMPERATURE_ON)}")
         if self.top_m is not None and not (isinstance(self.top_m, int) and 1 <= self.top_m <= num_experts):
             raise RoutingError(f"{where}: top_m = {self.top_m}: choose 1 to {num_experts}, the number of experts in this ensemble")
 
 
 @dataclass
 class Ensemble:
-    """Experts, tokenizer and routers. A decoder is loaded when it is first asked for, and kept."""
+    """Experts, tokenizer and routers. A decoder is loaded when it is first asked for, and kept.
+
+    `experts` are the trained ones, in the order of the weights, and behind them the fallback expert where there is one.
+    """
 
     experts: list[str]
     loaders: Sequence[Callable[[], Decoder]]
@@ -62,7 +71,22 @@ class Ensemble:
     data: RouterData
     settings: EnsembleSettings = EnsembleSettings()
     languages: dict[str, dict[str, int]] = field(default_factory=dict)  # expert -> language -> training tokens
+    sources: Sequence[Callable[[], WeightSource]] | None = None
+    """Weights that are read one tensor at a time; None: those of the decoders."""
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"
     _decoders: dict[int, Decoder] = field(default_factory=dict, repr=False)
+    _stack: tuple[Any, StackedDecoder] | None = field(default=None, repr=False)
+
+    @property
+    def trained(self) -> list[str]:
+        """The experts without the fallback: those that `top_m` counts."""
+        return self.data.trained
+
+    @property
+    def fallback(self) -> str | None:
+        """Name of the fallback expert."""
+        return self.data.fallback
 
     def decoder(self, expert: int) -> Decoder:
         """The decoder of expert number `expert`, in evaluation mode.
@@ -71,19 +95,54 @@ class Ensemble:
             ModelError, RoutingError: its folder is missing, damaged, or does not fit the tokenizer.
         """
         if expert not in self._decoders:
-            decoder = self.loaders[expert]()
-            if decoder.config.vocab_size < self.tokenizer.vocab_size:
-                raise RoutingError(
-                    f"expert {self.experts[expert]}: its vocabulary has {decoder.config.vocab_size} pieces, the ensemble's tokenizer "
-                    f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
-                )
-            self._decoders[expert] = decoder.eval()
+            self._decoders[expert] = self.load_decoder(expert)
         return self._decoders[expert]
+
+    def load_decoder(self, expert: int) -> Decoder:
+        """As `decoder`, but one that is not held yet is not kept, so that its memory is free when the caller lets it go."""
+        if expert in self._decoders:
+            return self._decoders[expert]
+        decoder = self.loaders[expert]()
+        self._check_vocabulary(expert, decoder.config.vocab_size)
+        return decoder.eval()
+
+    def stack(self, experts: Sequence[int] | None = None, resident: int | None = None, kernels: str = "auto") -> StackedDecoder:
+        """Some experts (None: all) as one model, in this order; kept until another one is asked for.
+
+        Raises:
+            ModelError: as `load_stack`. RoutingError: an expert that does not fit the tokenizer.
+        """
+        from megaxelm.model.source import decoder_source
+        from megaxelm.model.stacked import load_stack
+
+        chosen = list(range(len(self.experts)) if experts is None else experts)
+        key = (chosen, resident, kernels)
+        if self._stack is not None and self._stack[0] == key:
+            return self._stack[1]
+        self._stack = None
+        given = [self.sources[expert]() if self.sources is not None else decoder_source(self.decoder(expert)) for expert in chosen]
+        for expert, source in zip(chosen, given, strict=True):
+            self._check_vocabulary(expert, source.config.vocab_size)
+        stack = load_stack(given, self.dtype, self.device, resident=resident, kernels=kernels)
+        self._stack = key, stack
+        return stack
+
+    def _check_vocabulary(self, expert: int, vocab_size: int) -> None:
+        if vocab_size < self.tokenizer.vocab_size:
+            raise RoutingError(
+                f"expert {self.experts[expert]}: its vocabulary has {vocab_size} pieces, the ensemble's tokenizer "
+                f"{self.tokenizer.vocab_size}; all experts must come from the seed that the tokenizer belongs to"
+            )
 
     @property
     def decoders(self) -> list[Callable[[], Decoder]]:
         """One function a expert, as `scoring` takes them."""
         return [lambda expert=expert: self.decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
+
+    @property
+    def passing_decoders(self) -> list[Callable[[], Decoder]]:
+        """As `decoders`, of which only those that are held already stay in memory."""
+        return [lambda expert=expert: self.load_decoder(expert) for expert in range(len(self.experts))]  # type: ignore[misc]
 
     def router(self, name: str | None = None, **overrides: Any) -> Router:
         """A router of this ensemble; None is its default one. `overrides` as in `make_router`."""
@@ -101,8 +160,8 @@ def save_ensemble(
     """Write an ensemble folder into `out`.
 
     Args:
-        experts: name -> export folder (Hugging Face checkpoint), in the order of the weights.
-        data: what the routers are made from; `data.experts` must be the same names in the same order.
+        experts: name -> export folder (Hugging Face checkpoint), in the order of the weights; the fallback expert last.
+        data: what the routers are made from; `data.experts` must be the same names in the same order, `data.fallback` the last or None.
         languages: expert -> language -> training tokens, for `config.json`.
 
     Raises:
@@ -113,7 +172,9 @@ def save_ensemble(
         raise RoutingError(
             f"ensemble: experts {', '.join(experts) or 'none'} do not agree with those of the routers: {', '.join(data.experts)}"
         )
-    settings.check(len(experts), "ensemble")
+    if data.fallback not in (None, data.experts[-1]) or not data.trained:
+        raise RoutingError(f"ensemble: the fallback {data.fallback} must be the last expert, behind at least one trained one")
+    settings.check(len(data.trained), "ensemble")
     out.mkdir(parents=True, exist_ok=True)
     entries = []
     for name, folder in experts.items():
@@ -121,13 +182,14 @@ def save_ensemble(
             raise RoutingError(f"expert {name}: no export in {folder} (config.json is missing); train or export it first")
         target = out / "experts" / name
         _link_folder(folder, target)
-        entries.append({"name": name, "folder": f"experts/{name}", "languages": dict((languages or {}).get(name, {}))})
+        found = dict((languages or {}).get(name, {}))
+        entries.append({"name": name, "folder": f"experts/{name}", "languages": found, "fallback": name == data.fallback})
     if not tokenizer_folder.is_dir():
         raise RoutingError(f"ensemble: no tokenizer in {tokenizer_folder}; run the tokenizer stage first")
     shutil.copytree(tokenizer_folder, out / "tokenizer", dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
     _save_routers(out / "router", data)
     config = {"model_type": MODEL_TYPE, "format": FORMAT, "experts": entries}
-    write_json(out / "config.json", config | {"router": settings.router, "top_m": settings.top_m, "combine": settings.combine})
+    write_json(out / "config.json", config | asdict(settings))
 
 
 def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Ensemble:
@@ -146,7 +208,7 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
         raise RoutingError(
             f"{folder / 'config.json'}: format = {config.get('format')!r}, this program reads {FORMAT}; build the ensemble again"
         )
-    names, loaders, languages = [], [], {}
+    names, loaders, sources, languages, fallbacks = [], [], [], {}, []
     try:
         for entry in config["experts"]:
             path = folder / _inside(entry["folder"], folder)
@@ -156,19 +218,25 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
                 )
             names.append(entry["name"])
             loaders.append(_loader(path, dtype, device))
+            sources.append(partial(_source, path))
             languages[entry["name"]] = dict(entry["languages"])
-        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"])
+            fallbacks += [entry["name"]] if entry["fallback"] else []
+        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"], config["temperature_on"])
     except (KeyError, TypeError, AttributeError) as error:
         raise RoutingError(f"{folder / 'config.json'}: damaged ({type(error).__name__}: {error}); build the ensemble again") from None
     if not names:
         raise RoutingError(f"{folder / 'config.json'}: names no expert; build the ensemble again")
-    settings.check(len(names), str(folder / "config.json"))
+    if fallbacks and (fallbacks != names[-1:] or len(names) == 1):
+        raise RoutingError(
+            f"{folder / 'config.json'}: the fallback {', '.join(fallbacks)} is not the last expert; build the ensemble again"
+        )
+    settings.check(len(names) - len(fallbacks), str(folder / "config.json"))
 
     from megaxelm.corpus.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    data = _load_routers(folder / "router", names, tokenizer)
-    return Ensemble(names, loaders, tokenizer, data, settings, languages)
+    data = _load_routers(folder / "router", names, fallbacks[0] if fallbacks else None, tokenizer)
+    return Ensemble(names, loaders, tokenizer, data, settings, languages, sources, dtype, device)
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Callable[[], Decoder]:
@@ -178,6 +246,12 @@ def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Calla
         return load_pretrained(path, dtype=dtype).to(device)
 
     return load
+
+
+def _source(path: Path) -> WeightSource:
+    from megaxelm.model.hub import open_pretrained
+
+    return open_pretrained(path)
 
 
 def _inside(relative: str, folder: Path) -> PurePosixPath:
@@ -214,11 +288,17 @@ def _link_folder(source: Path, target: Path) -> None:
 
 _PLAIN: dict[str, tuple[type, ...]] = {
     "language_expert": (dict,),
+    "detect_language": (bool,),
     "fixed_weights": (dict,),
     "temperature": (int, float),
     "distance_power": (int,),
     "posterior_prior": (list, type(None)),
     "posterior_decay": (int, float),
+    "posterior_reads": (str,),
+    "refresh": (str,),
+    "refresh_tokens": (int,),
+    "fallback_weight": (int, float),
+    "fallback_distance": (list, type(None)),
 }
 
 
@@ -233,15 +313,22 @@ def _save_routers(folder: Path, data: RouterData) -> None:
     write_json(folder / "router.json", {name: getattr(data, name) for name in _PLAIN} | {"tfidf": has_space})
 
 
-def _load_routers(folder: Path, names: list[str], tokenizer: Tokenizer) -> RouterData:
+def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
+    # A bool is an int to Python, and a mistake here.
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _load_routers(folder: Path, names: list[str], fallback: str | None, tokenizer: Tokenizer) -> RouterData:
     values = _read(folder / "router.json", folder.parent)
     missing = [name for name in (*_PLAIN, "tfidf") if name not in values]
     if missing:
         raise RoutingError(f"{folder / 'router.json'}: {', '.join(missing)} missing; build the ensemble again")
-    wrong = [name for name, kinds in _PLAIN.items() if not isinstance(values[name], kinds) or isinstance(values[name], bool)]
+    wrong = [name for name, kinds in _PLAIN.items() if not _is_a(values[name], kinds)]
+    if not wrong and len(values["fallback_distance"] or (0, 0)) != 2:
+        wrong = ["fallback_distance"]
     if wrong:
         raise RoutingError(f"{folder / 'router.json'}: {wrong[0]} = {values[wrong[0]]!r} is damaged; build the ensemble again")
-    data = RouterData(names, **{name: values[name] for name in _PLAIN}, decode=tokenizer.decode)
+    data = RouterData(names, **{name: values[name] for name in _PLAIN}, fallback=fallback, decode=tokenizer.decode)
     if values["tfidf"]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -253,7 +340,7 @@ def _load_routers(folder: Path, names: list[str], tokenizer: Tokenizer) -> Route
             data.centres = load_file(path)["centres"]
         except (OSError, SafetensorError, KeyError) as error:
             raise RoutingError(f"{path}: missing or damaged ({error}); build the ensemble again") from None
-        if data.centres.shape[0] != len(names):
-            raise RoutingError(f"{path}: {data.centres.shape[0]} centres for {len(names)} experts; build the ensemble again")
+        if data.centres.shape[0] != len(data.trained):
+            raise RoutingError(f"{path}: {data.centres.shape[0]} centres for {len(data.trained)} experts; build the ensemble again")
         data.space = TfidfSpace.load(folder, SPACE_NAME, tokenizer)
     return data

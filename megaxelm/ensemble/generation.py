@@ -1,27 +1,16 @@
-"""Writing on from prompts with the mixture of experts.
-
-Each token: the router weighs the text so far, the m heaviest experts are kept, only these run (each with a KV cache of its own), their
-next-token distributions are mixed, and one token is chosen. An expert that is chosen for the first time, or again after a pause, reads
-what it has missed. A router that learns from the experts (`posterior`) has all of them read the prompt; those chosen at its end go on.
-"""
+"""Writing on from a list of prompts with the mixture of experts: `generate`, over `engine`."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from megaxelm.ensemble.engine import Engine
 from megaxelm.ensemble.folder import Ensemble
-from megaxelm.ensemble.mixture import COMBINE, expert_logprobs, mean_logits, mix_logprobs
-from megaxelm.ensemble.reading import ExpertReader
-from megaxelm.ensemble.routers import NO_TOKEN, FixedRouter, Request, Router
-from megaxelm.ensemble.streaming import TextStream
-from megaxelm.ensemble.weights import Weights
-from megaxelm.ensemble.weights import top_m as keep_top_m
+from megaxelm.ensemble.routers import Router
+from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
 from megaxelm.errors import RoutingError
 
 OnToken = Callable[[int, int, str], None]
@@ -35,7 +24,7 @@ class GenerationResult:
     experts: list[str]
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    logprobs: list[float] = field(default_factory=list)  # of each token under the mixture (nats), before temperature and top_p
+    logprobs: list[float] = field(default_factory=list)  # of each token under the mixture (nats), before temperature and filters
     weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not run
     finish_reason: str | None = None  # `stop` or `length`
 
@@ -60,182 +49,47 @@ def generate(
     combine: str | None = None,
     stop_at_eos: bool = True,
     on_token: OnToken | None = None,
+    *,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    max_batch: int = 32,
+    draft: str | None = None,
+    draft_tokens: int = 4,
 ) -> list[GenerationResult]:
     """Continue each prompt by up to `max_new_tokens` tokens.
 
     Args:
         temperature: 0 is greedy; else the mixture's log-probabilities are divided by it.
-        top_p: draw from the smallest set of tokens that holds this probability.
+        top_p, top_k, min_p: which tokens are drawn from (`SamplingParams`). stop: strings before which a text ends.
         seed: the draws of a text follow from the seed and its prompt, not from its neighbours; a prompt given twice is drawn twice.
         top_m, router, combine: None takes the ensemble's own. expert: this one alone, instead of a router.
+        draft: an expert that proposes `draft_tokens` tokens at a time, which the mixture verifies; the texts are the same.
 
     Raises:
         RoutingError: a value out of range, an unknown expert, router or language, or a text longer than the experts' positions.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise RoutingError(
-            f"max_new_tokens = {max_new_tokens}, temperature = {temperature}, top_p = {top_p}: choose at least 1, at least 0, and above 0 "
-            "up to 1"
-        )
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop), stop_at_eos)
     if languages is not None and len(languages) != len(prompts):
         raise RoutingError(f"{len(languages)} languages for {len(prompts)} prompts: give one a prompt, None where it is not known")
-    combine = combine or ensemble.settings.combine
-    if combine not in COMBINE:
-        raise RoutingError(f"combine = {combine!r}: choose one of {', '.join(COMBINE)}")
-    router, top_m = _router(ensemble, router, top_m, expert)
-    if not prompts:
-        return []
-    prompt_ids = ensemble.tokenizer.encode(list(prompts))
-    requests = [Request(ids, None if languages is None else languages[row]) for row, ids in enumerate(prompt_ids)]
-    with torch.inference_mode():
-        session = _Session(ensemble, router, requests, top_m, combine, max_new_tokens)
-        draws = [_draws(seed, ids, prompt_ids[:row].count(ids)) for row, ids in enumerate(prompt_ids)]
-        return _write(session, ensemble, requests, draws, max_new_tokens, temperature, top_p, stop_at_eos, on_token)
-
-
-def _router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:
-    num_experts = len(ensemble.experts)
-    if expert is not None:
-        if router is not None:
-            raise RoutingError(f"expert = {expert!r} and a router were both given: leave one out")
-        if expert not in ensemble.experts:
-            raise RoutingError(f"expert = {expert!r}: this ensemble has {', '.join(ensemble.experts)}")
-        return FixedRouter(ensemble.experts, {expert: 1.0}), 1
-    if router is None or isinstance(router, str):
-        router = ensemble.router(router)
-    top_m = top_m if top_m is not None else ensemble.settings.top_m if ensemble.settings.top_m is not None else num_experts
-    if not 1 <= top_m <= num_experts:
-        raise RoutingError(f"ensemble.top_m = {top_m}: choose 1 to {num_experts}, the number of experts in this ensemble")
-    return router, top_m
-
-
-class _Session:
-    """The texts of one batch, the router's state, and the experts' caches."""
-
-    def __init__(
-        self, ensemble: Ensemble, router: Router, requests: Sequence[Request], top_m: int, combine: str, max_new_tokens: int
-    ) -> None:
-        self.ensemble, self.router, self.top_m, self.combine = ensemble, router, top_m, combine
-        self.history = [[ensemble.tokenizer.start_id, *request.prompt_ids] for request in requests]
-        self.max_length = max(map(len, self.history)) + max_new_tokens - 1
-        self.readers: dict[int, ExpertReader] = {}
-        self.state = router.start(requests)
-        if router.needs_expert_logprobs:
-            self._read_prompts()
-
-    def _reader(self, expert: int) -> ExpertReader:
-        if expert not in self.readers:
-            self.readers[expert] = ExpertReader(self.ensemble.decoder(expert), self.ensemble.experts[expert], self.max_length)
-        return self.readers[expert]
-
-    def _read_prompts(self) -> None:
-        """Every expert reads every prompt; the router is told how well each predicted it."""
-        rows, longest = len(self.history), max(map(len, self.history)) - 1
-        scores = torch.full((rows, longest, len(self.ensemble.experts)), -torch.inf, dtype=torch.float64)
-        for expert in range(len(self.ensemble.experts)):
-            for row, logprobs in self._reader(expert).read_scored(dict(enumerate(self.history))).items():
-                scores[row, : len(logprobs), expert] = logprobs.to(scores)
-        for position in range(longest):
-            tokens = [ids[position + 1] if position + 1 < len(ids) else NO_TOKEN for ids in self.history]
-            self.router.update(self.state, torch.tensor(tokens), scores[:, position])
-
-    def next_logprobs(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Weights]:
-        """For the texts `rows`: mixture [rows, vocab], each kept expert's own [rows, m, vocab], and the weights [rows, m]."""
-        kept = keep_top_m(self.router.weights(self.state)[list(rows)], self.top_m)
-        heard = kept.log_w > -torch.inf
-        if self.router.needs_expert_logprobs:
-            # An expert that misses a token cannot be believed again, so what it keeps of the text is of no more use.
-            for expert, reader in self.readers.items():
-                for row in (row for index, row in enumerate(rows) if expert not in kept.experts[index, heard[index]].tolist()):
-                    reader.forget(row)
-        stacked: Tensor | None = None
-        for expert in kept.experts[heard].unique().tolist():
-            where, slot = ((kept.experts == expert) & heard).nonzero(as_tuple=True)
-            logits = self._reader(expert).read({rows[index]: self.history[rows[index]] for index in where.tolist()}).float().cpu()
-            if stacked is None:
-                stacked = logits.new_zeros(len(rows), kept.experts.shape[1], logits.shape[-1])
-            stacked[where, slot] = logits
-        assert stacked is not None  # top_m gives every row an expert
-        own = expert_logprobs(stacked)
-        mixed = mix_logprobs(own, kept.log_w) if self.combine == "mixture" else mean_logits(stacked, kept.log_w)
-        return mixed, own, kept
-
-    def append(self, rows: Sequence[int], tokens: Sequence[int], own: Tensor, kept: Weights) -> None:
-        """Put one token behind each text of `rows` and tell the router."""
-        update = torch.full((len(self.history),), NO_TOKEN)
-        given = torch.full((len(self.history), len(self.ensemble.experts)), -torch.inf, dtype=torch.float64)
-        for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            self.history[row].append(token)
-            update[row] = token
-            heard = kept.log_w[index] > -torch.inf
-            given[row, kept.experts[index, heard]] = own[index, heard, token].to(given)
-        self.router.update(self.state, update, given if self.router.needs_expert_logprobs else None)
-
-    def forget(self, row: int) -> None:
-        """Free what the experts keep of a finished text."""
-        for reader in self.readers.values():
-            reader.forget(row)
-
-
-def _write(
-    session: _Session,
-    ensemble: Ensemble,
-    requests: Sequence[Request],
-    draws: Sequence[Iterator[float]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    stop_at_eos: bool,
-    on_token: OnToken | None,
-) -> list[GenerationResult]:
-    results = [GenerationResult(list(ensemble.experts)) for _ in requests]
-    streams = [TextStream(ensemble.tokenizer.decode, request.prompt_ids) for request in requests]
-    rows = list(range(len(requests)))
-    for step in range(max_new_tokens):
-        mixed, own, kept = session.next_logprobs(rows)
-        tokens = [_choose(mixed[index], temperature, top_p, draws[row]) for index, row in enumerate(rows)]
-        session.append(rows, tokens, own, kept)
-        weights = kept.dense(len(ensemble.experts)).exp()
-        going_on = []
-        for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            result = results[row]
-            result.token_ids.append(token)
-            result.logprobs.append(float(mixed[index, token]))
-            result.weights.append(weights[index].tolist())
-            ended = stop_at_eos and token == ensemble.tokenizer.eos_id
-            text = "" if ended else streams[row].push([token])
-            if ended or step == max_new_tokens - 1:
-                text += streams[row].flush()
-                session.forget(row)
-            else:
-                going_on.append(row)
-            result.text += text
+    engine = Engine(
+        ensemble, router=router, top_m=top_m, combine=combine, expert=expert, max_batch=max_batch, draft=draft, draft_tokens=draft_tokens
+    )
+    results = [GenerationResult(list(ensemble.experts)) for _ in prompts]
+    number_of = {}
+    for number, prompt in enumerate(prompts):
+        language = None if languages is None else languages[number]
+        occurrence = list(prompts[:number]).count(prompt)
+        number_of[engine.add(GenerationRequest(prompt, language, sampling, occurrence))] = number
+    while engine.has_work:
+        for event in engine.step():
+            number = number_of[event.request_id]
+            result = results[number]
+            result.token_ids.append(event.token_id)
+            result.logprobs.append(event.logprob)
+            result.weights.append(event.weights)
+            result.text += event.text
+            result.finish_reason = event.finish_reason
             if on_token:
-                on_token(row, token, text)
-        rows = going_on
-        if not rows:
-            break
+                on_token(number, event.token_id, event.text)
     return results
-
-
-def _draws(seed: int, prompt_ids: Sequence[int], occurrence: int) -> Iterator[float]:
-    """Uniform numbers in [0, 1) that depend on the seed, the prompt, and how often the prompt occurred before in the batch."""
-    text = f"{seed}|{occurrence}|{','.join(map(str, prompt_ids))}"
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-    generator = np.random.Generator(np.random.Philox(key=key))
-    while True:
-        yield float(generator.random())
-
-
-def _choose(logprobs: Tensor, temperature: float, top_p: float, draws: Iterator[float]) -> int:
-    """One token id from log-probabilities [vocab]: the best at temperature 0, else drawn by inverting the cumulative distribution."""
-    if temperature == 0:
-        return int(logprobs.argmax())
-    ordered, ids = (logprobs.double() / temperature).softmax(-1).sort(descending=True, stable=True)
-    cumulative = ordered.cumsum(-1)
-    if top_p < 1:
-        # The token that crosses top_p belongs to the set: those are kept before which less than top_p had been gathered.
-        size = int((cumulative - ordered < top_p).sum())
-        cumulative = cumulative[:size]
-    position = int(torch.searchsorted(cumulative, next(draws) * cumulative[-1], right=True))
-    return int(ids[min(position, len(cumulative) - 1)])

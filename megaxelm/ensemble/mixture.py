@@ -12,6 +12,7 @@ from torch import Tensor
 from megaxelm.errors import RoutingError
 
 COMBINE = ("mixture", "logit_mean")
+TEMPERATURE_ON = ("mixture", "experts")
 
 
 def expert_logprobs(logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from megaxelm.corpus.document import Document
     from megaxelm.corpus.tokenizer import Tokenizer
 
+_TRUST_CHARACTERS = 200
+
 
 def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
-    """Write the ensemble folder of a run into `out`.
+    """Write the ensemble folder of a run into `out`. A fallback expert (`ensemble.fallback`) stands behind the trained ones.
 
     The vector space of the `tfidf` router is the partitioner's own where that is TF-IDF; else one is fitted on the sample of the corpus,
     and the centre of an expert is the normalised mean vector of its documents.
@@ -39,21 +41,35 @@ def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
     tokenizer = Tokenizer.load(tokenizer_folder)
     partitioner = load_partitioner(run_folder / "clusters", tokenizer)
     names = list(partitioner.names)
-    if recipe.ensemble.fixed_weights:
-        FixedRouter(names, recipe.ensemble.fixed_weights)  # an unknown name is an error now and not when somebody generates
+    wanted = recipe.ensemble
+    if wanted.fixed_weights:
+        FixedRouter(names, wanted.fixed_weights)  # an unknown name is an error now and not when somebody generates
     tokens = _tokens(run_folder, names)
+    prior = posterior_prior(wanted.posterior_prior, tokens)
     space, centres = _space(recipe, run_folder, partitioner, tokenizer)
+    experts = [*names, wanted.fallback] if wanted.fallback else names
     data = RouterData(
-        experts=names,
+        experts=experts,
         language_expert=language_experts(partitioner.languages(), tokens),
-        fixed_weights=dict(recipe.ensemble.fixed_weights),
-        temperature=recipe.ensemble.temperature,
-        distance_power=recipe.ensemble.distance_power,
+        detect_language=wanted.detect_language,
+        fixed_weights=dict(wanted.fixed_weights),
+        temperature=wanted.temperature,
+        distance_power=wanted.distance_power,
+        posterior_prior=prior,
+        posterior_decay=wanted.posterior_decay,
+        posterior_reads=wanted.posterior_reads,
+        refresh=wanted.refresh,
+        refresh_tokens=wanted.refresh_tokens,
+        fallback=wanted.fallback,
+        fallback_weight=wanted.fallback_weight,
         space=space,
         centres=centres,
     )
-    exports = {name: run_folder / "experts" / name / "export" for name in names}
-    settings = EnsembleSettings(recipe.ensemble.router, recipe.ensemble.top_m)
+    if wanted.fallback:
+        documents = sample_documents(run_folder / "corpus", recipe.clusters.tfidf.sample_documents)
+        data.fallback_distance = nearest_distances(space, centres, [document.text for document in documents], wanted.fallback_quantile)
+    exports = {name: run_folder / "experts" / name / "export" for name in experts}
+    settings = EnsembleSettings(wanted.router, wanted.top_m, wanted.combine, wanted.temperature_on)
     save_ensemble(out, exports, tokenizer_folder, data, settings, tokens)
 
 
@@ -63,6 +79,39 @@ def language_experts(groups: Mapping[str, list[str]] | None, tokens: Mapping[str
         return {language: name for name, languages in groups.items() for language in languages}
     languages = sorted({language for found in tokens.values() for language in found})
     return {language: max(tokens, key=lambda name: tokens[name].get(language, 0)) for language in languages}
+
+
+def posterior_prior(wanted: str | Mapping[str, float], tokens: Mapping[str, Mapping[str, int]]) -> list[float] | None:
+    """Prior weights in the order of `tokens` (expert -> language -> training tokens); None: uniform.
+
+    Raises:
+        RoutingError: a name that is no expert.
+    """
+    if wanted == "uniform":
+        return None
+    if isinstance(wanted, str):
+        return [float(sum(found.values())) for found in tokens.values()]
+    unknown = [name for name in wanted if name not in tokens]
+    if unknown:
+        raise RoutingError(f"ensemble.posterior_prior: no expert {', '.join(unknown)}; the experts are {', '.join(tokens)}")
+    return [float(wanted.get(name, 0.0)) for name in tokens]
+
+
+def nearest_distances(space: Any, centres: Tensor, texts: Sequence[str], quantile: float) -> list[float]:
+    """Median and `quantile` of the squared distance of texts to the centre nearest to each: what the fallback of `tfidf` is heard by.
+
+    Only the first 200 characters count: decoding begins with little text, which is further from every centre than a whole document, and
+    has to be trusted all the same.
+
+    Raises:
+        RoutingError: no text has a known term.
+    """
+    vectors = space.transform([text[:_TRUST_CHARACTERS] for text in texts])
+    vectors = vectors[np.abs(vectors).max(-1) > 0].astype(np.float64)
+    if not len(vectors):
+        raise RoutingError("ensemble.fallback: no document of the sample has a known term; raise corpus.sample_bytes, or set it to null")
+    distance = torch.cdist(torch.from_numpy(vectors), centres.to(torch.float64), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return np.quantile(distance.amin(-1).numpy(), [0.5, quantile]).tolist()
 
 
 def _tokens(run_folder: Path, names: list[str]) -> dict[str, dict[str, int]]:

@@ -24,6 +24,12 @@ class TextStream:
         self._shown = list(before[-_CONTEXT:])
         self._waiting: list[int] = []
 
+    def copy(self) -> TextStream:
+        """A stream of its own with the same text so far."""
+        stream = TextStream(self._decode, self._shown)
+        stream._waiting = list(self._waiting)
+        return stream
+
     def push(self, ids: Sequence[int]) -> str:
         """Text that `ids` complete; empty while a character is unfinished."""
         pieces = []
@@ -48,6 +54,38 @@ class TextStream:
         self._shown = (self._shown + self._waiting)[-_CONTEXT:]
         self._waiting = []
         return text
+
+
+class StopText:
+    """Ends a stream of text before the first of some strings; text that may be the beginning of one is held back."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+        """Whether one of the strings has come."""
+
+    def push(self, text: str) -> str:
+        """What of the text so far may be shown now and was not yet."""
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        longest = max(map(len, self._stop)) - 1
+        begun = next(
+            (begin for begin in range(max(0, len(text) - longest), len(text)) if any(stop.startswith(text[begin:]) for stop in self._stop)),
+            len(text),
+        )
+        self._held = text[begun:]
+        return text[:begun]
+
+    def flush(self) -> str:
+        """What is still held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
 
 
 class TextSpace:

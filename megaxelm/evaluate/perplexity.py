@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from tqdm import tqdm
 
-from megaxelm.ensemble.scoring import TOKEN_BUDGET, document_streams
+from megaxelm.ensemble.scoring import document_streams
 from megaxelm.errors import StageError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def score_streams(held_out: HeldOut, streams: Sequence[Tensor]) -> Score:
 
 
 def score_models(
-    models: Mapping[str, Callable[[], Decoder]], held_out: Mapping[str, HeldOut], start_id: int, token_budget: int = TOKEN_BUDGET
+    models: Mapping[str, Callable[[], Decoder]], held_out: Mapping[str, HeldOut], start_id: int, token_budget: int | None = None
 ) -> dict[str, dict[str, list[Tensor]]]:
     """Token log-probabilities of every model on every held-out document: model -> language -> documents of [tokens] fp32.
 

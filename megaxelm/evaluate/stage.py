@@ -44,13 +44,13 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     held_out = read_held_out(run_folder / "corpus", languages, tokenizer, recipe.evaluation.max_documents, max_tokens)
     # Routers are made first: what they lack should be known before the models have read for minutes.
     routers = {name: ensemble.router(name) for name in recipe.evaluation.routers}
-    members = ["seed", *(["dense"] if recipe.experts.dense else []), *ensemble.experts]
+    members = ["seed", *(["dense"] if recipe.experts.dense else []), *ensemble.trained]
     print(f"evaluation: {len(members)} models in float32 on {_device()}", flush=True)
     streams = score_models({name: _loader(run_folder, name) for name in members}, held_out, tokenizer.start_id)
     own = own_experts(clusters, languages)
 
     scores = {name: _scores(held_out, found) for name, found in streams.items()}
-    experts = {name: scores[name] for name in ensemble.experts}
+    experts = {name: scores[name] for name in ensemble.trained}
     columns: dict[str, tuple[str, dict[str, Score]]] = {"seed": ("seed", scores["seed"])}
     if "dense" in scores:
         columns["dense"] = ("dense", scores["dense"])

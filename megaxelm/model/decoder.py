@@ -149,12 +149,23 @@ class Decoder(nn.Module):
         rows_per_chunk: int | None = None,
         attention: str = "sdpa",
         kernels: str = "auto",
+        rows: Tensor | None = None,
     ) -> TokenScores:
-        """log p(label) of each token of a packed batch; full logits exist for `rows_per_chunk` tokens at a time."""
+        """log p(label) of each token of a packed batch; full logits exist for `rows_per_chunk` tokens at a time.
+
+        With `rows` [M] int64 only these tokens of the batch are scored: `labels` and the scores are then [M], and the head reads no others.
+        """
         kernels = self._kernels(kernels)
         hidden = self._hidden(tokens, positions, cu_seqlens, None, attention, kernels, training=False)
-        _same_length("labels", labels, tokens)
-        return TokenScores(self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True, kernels=kernels).float())
+        return self.score_hidden(hidden if rows is None else hidden[rows], labels, rows_per_chunk, kernels)
+
+    @torch.no_grad()
+    def score_hidden(self, hidden: Tensor, labels: Tensor, rows_per_chunk: int | None = None, kernels: str = "auto") -> TokenScores:
+        """log p(label) of each row of hidden states [M, H] that `forward` or `decode` gave; `labels` [M] int64."""
+        if labels.shape != hidden.shape[:1]:
+            raise ModelError(f"labels have shape {tuple(labels.shape)}, hidden states {tuple(hidden.shape)}: one a row")
+        found = self.head(hidden, labels, chunk_rows=rows_per_chunk, score=True, kernels=self._kernels(kernels))
+        return TokenScores(found.float())
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `max_length` tokens.

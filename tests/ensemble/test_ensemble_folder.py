@@ -130,7 +130,8 @@ def test_loaded_experts_are_the_exported_ones(folder: Path, decoders: list[Decod
 
 def test_experts_load_only_when_asked(folder: Path) -> None:
     ensemble = load_ensemble(folder)
-    generate(ensemble, ["the"], ["en"], max_new_tokens=2, router="language")
+    assert not ensemble._decoders
+    assert ensemble.decoder(0) is ensemble.decoder(0)
     assert list(ensemble._decoders) == [0]
 
 

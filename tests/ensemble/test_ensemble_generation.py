@@ -8,12 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from megaxelm.ensemble.engine import Engine
 from megaxelm.ensemble.folder import Ensemble
-from megaxelm.ensemble.generation import GenerationResult, _choose, generate
-from megaxelm.ensemble.reading import ExpertReader
+from megaxelm.ensemble.generation import GenerationResult, generate
 from megaxelm.ensemble.routers import Request
+from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
+from megaxelm.ensemble.streaming import StopText
 from megaxelm.errors import RoutingError
 from megaxelm.model.decoder import Decoder
+from megaxelm.model.stacked import Piece, Read, StackedDecoder
 
 PROMPTS = ["The cat", "", "кот сидел на ковре и смотрел", "x"]
 LANGUAGES = ["l0", "l1", "l2", "l1"]
@@ -112,29 +115,6 @@ def test_draws_follow_the_mixture(make_ensemble: Callable[..., Ensemble], decode
     assert {result.token_ids[0] for result in nucleus} <= allowed and len(allowed) > 1
 
 
-@pytest.mark.parametrize(
-    ("top_p", "temperature", "draw", "expected"),
-    [(1.0, 1.0, 0.0, 2), (1.0, 1.0, 0.99, 3), (0.5, 1.0, 0.999, 0), (0.5, 1.0, 0.5, 2), (0.4, 1.0, 0.999, 2), (1.0, 0.01, 0.9, 2)],
-)
-def test_a_draw_inverts_the_cumulative_distribution_of_the_nucleus(top_p: float, temperature: float, draw: float, expected: int) -> None:
-    """The token that crosses top_p belongs to the set: of .4, .3, .2, .1 the first two make 0.5."""
-    logprobs = torch.tensor([0.3, 0.2, 0.4, 0.1]).log()
-    assert _choose(logprobs, temperature, top_p, iter([draw])) == expected
-
-
-def test_a_forgotten_text_frees_its_place_and_leaves_the_others(decoders: list[Decoder]) -> None:
-    texts = {0: [1, 50, 60], 1: [1, 70], 2: [1, 80, 90, 100]}
-    reader, fresh = ExpertReader(decoders[0], "e0", 16), ExpertReader(decoders[0], "e0", 16)
-    reader.read(texts)
-    reader.forget(1)
-    assert reader._cache is not None and reader._cache.lengths.tolist() == [3, 4]
-    longer = {2: [*texts[2], 110], 0: [*texts[0], 120]}
-    assert torch.allclose(reader.read(longer), fresh.read(longer), atol=1e-4)
-    reader.forget(0)
-    reader.forget(2)
-    assert reader._cache is None
-
-
 def mixture_after(ensemble: Ensemble, prompt: str) -> torch.Tensor:
     tokens = torch.tensor([1, *ensemble.tokenizer.encode([prompt])[0]])
     bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
@@ -145,50 +125,48 @@ def mixture_after(ensemble: Ensemble, prompt: str) -> torch.Tensor:
     return torch.stack(own).mean(0)
 
 
-class CountingDecoder:
-    """A decoder that counts the tokens of its rows that were asked for."""
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> Callable[..., tuple]:
+    """`generate`, and the tokens that each expert has read."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder, self.tokens = decoder, 0
+    def run(**options: object) -> tuple[list[int], list[GenerationResult]]:
+        tokens = [0] * len(decoders)
+        read = StackedDecoder.read
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._decoder, name)
+        def spy(self: StackedDecoder, pieces: list[Piece], *args: object, **named: object) -> Read:
+            for piece in pieces:
+                tokens[piece.expert] += len(piece.tokens)
+            return read(self, pieces, *args, **named)  # type: ignore[arg-type]
 
-    def eval(self) -> CountingDecoder:
-        return self
+        with monkeypatch.context() as patch:
+            patch.setattr(StackedDecoder, "read", spy)
+            results = generate(make_ensemble(decoders), **options)  # type: ignore[arg-type]
+        return tokens, results
 
-    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, cache: object, *, all_positions: bool = False) -> torch.Tensor:
-        self.tokens += int(lengths.sum())
-        return self._decoder.decode(tokens, lengths, cache, all_positions=all_positions)  # type: ignore[arg-type]
-
-
-def counted(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder], **options: object) -> tuple[list[int], list[GenerationResult]]:
-    spies = [CountingDecoder(decoder) for decoder in decoders]
-    results = generate(make_ensemble(spies), **options)  # type: ignore[arg-type]
-    return [spy.tokens for spy in spies], results
+    return run
 
 
-def test_only_chosen_experts_run(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> None:
+def test_only_chosen_experts_run(counted: Callable[..., tuple]) -> None:
     """A prompt of 3 bytes and the start token are read once, each new token but the last once, by the chosen alone."""
     common = {"prompts": ["abc", "abd"], "max_new_tokens": 5, "stop_at_eos": False}
-    tokens, _ = counted(make_ensemble, decoders, router="language", languages=["l1", "l3"], **common)
+    tokens, _ = counted(router="language", languages=["l1", "l3"], **common)
     assert tokens == [0, 8, 0, 8]
-    tokens, _ = counted(make_ensemble, decoders, expert="e2", **common)
-    assert tokens == [0, 0, 16, 0]
-    tokens, _ = counted(make_ensemble, decoders, router="uniform", top_m=2, **common)
+    tokens, _ = counted(expert="e2", **common)
+    assert tokens == [16, 0, 0, 0]  # alone in its stack
+    tokens, _ = counted(router="uniform", top_m=2, **common)
     assert tokens == [16, 16, 0, 0]
 
 
-def test_posterior_has_all_read_the_prompt_and_the_chosen_go_on(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> None:
-    tokens, results = counted(make_ensemble, decoders, prompts=["hello"], router="posterior", top_m=2, max_new_tokens=5, stop_at_eos=False)
-    assert sorted(tokens) == [6, 6, 10, 10]
+def test_posterior_has_all_read_the_prompt_and_the_chosen_go_on(counted: Callable[..., tuple]) -> None:
+    tokens, results = counted(prompts=["hello"], router="posterior", top_m=2, max_new_tokens=5, stop_at_eos=False)
+    assert sorted(tokens) == [5, 5, 10, 10]  # its last token is read by the chosen alone
     for row in results[0].weights:
         assert sum(weight > 0 for weight in row) <= 2 and sum(row) == pytest.approx(1)
 
 
-def test_an_expert_chosen_late_reads_what_it_missed(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> None:
+def test_an_expert_chosen_late_reads_what_it_missed(counted: Callable[..., tuple]) -> None:
     """Each expert reads each token at most once although the tfidf router changes its mind."""
-    tokens, results = counted(make_ensemble, decoders, prompts=["ab"], router="tfidf", top_m=1, max_new_tokens=30, stop_at_eos=False)
+    tokens, results = counted(prompts=["ab"], router="tfidf", top_m=1, max_new_tokens=30, stop_at_eos=False)
     chosen = [max(range(4), key=row.__getitem__) for row in results[0].weights]
     assert len(set(chosen)) > 1, "the text of this test must make the router change"
     last = {expert: step for step, expert in enumerate(chosen)}
@@ -223,6 +201,84 @@ def test_mean_weights_are_by_name(make_ensemble: Callable[..., Ensemble], decode
     assert result.mean_weights() == pytest.approx({"e0": 0.25, "e1": 0.0, "e2": 0.0, "e3": 0.75})
 
 
+@pytest.mark.parametrize("router", ["uniform", "tfidf", "posterior", "fixed"])
+@pytest.mark.parametrize("top_m", [1, 2, None])
+def test_drafts_turns_waiting_and_a_full_cache_change_no_token(
+    router: str, top_m: int | None, make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    """A draft is verified, experts take turns in memory, texts wait for a place, experts that pause are forgotten: the texts stay."""
+    ensemble = make_ensemble(decoders)
+    for temperature in (0.0, 0.8):
+        sampling = SamplingParams(max_new_tokens=16, temperature=temperature, stop_at_eos=False)
+        expected = written(Engine(ensemble, router=router, top_m=top_m), sampling)
+        rows = 4 if router == "posterior" else top_m or 4
+        for options in (
+            {"draft": "e0", "draft_tokens": 3},
+            {"draft": "e3", "draft_tokens": 5, "max_batch": 3, "resident": 3},
+            {"resident": 1},
+            {"resident": 2, "max_batch": 2},
+            {"max_tokens": 128 * (rows + 1)},
+        ):
+            engine = Engine(ensemble, router=router, top_m=top_m, **options)
+            assert written(engine, sampling) == expected, options
+            assert engine.cache.num_tokens == 0 and not engine.has_work
+            assert (engine.drafted.accepted > 0) == ("draft" in options) or options.get("draft") == "e3"
+
+
+def written(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
+    numbers = [engine.add(GenerationRequest(prompt, None, sampling)) for prompt in PROMPTS]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.has_work:
+        for event in engine.step():
+            found[event.request_id].append(event.token_id)
+    return [found[number] for number in numbers]
+
+
+def test_a_text_that_joins_late_and_one_that_is_cancelled_leave_the_others_alone(
+    make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    ensemble = make_ensemble(decoders)
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, stop_at_eos=False)
+    expected = written(Engine(ensemble, router="posterior"), sampling)
+    engine = Engine(ensemble, router="posterior")
+    found: dict[int, list[int]] = {}
+    numbers = [engine.add(GenerationRequest(PROMPTS[0], None, sampling))]
+    for step in range(40):
+        if step == 3:
+            numbers += [engine.add(GenerationRequest(prompt, None, sampling)) for prompt in PROMPTS[1:3]]
+            assert engine.num_waiting == 2 and engine.prompt_tokens(numbers[1]) == 0
+        if step == 5:
+            engine.cancel(numbers[1])
+            numbers.append(engine.add(GenerationRequest(PROMPTS[3], None, sampling)))
+        for event in engine.step():
+            found.setdefault(event.request_id, []).append(event.token_id)
+    assert [found[numbers[index]] for index in (0, 2, 3)] == [expected[0], expected[2], expected[3]]
+    assert len(found[numbers[1]]) == 2 and not engine.has_work and engine.cache.num_tokens == 0
+
+
+def test_likely_alternatives_are_those_of_the_mixture(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> None:
+    ensemble = make_ensemble(decoders)
+    engine = Engine(ensemble, router="uniform")
+    engine.add(GenerationRequest("a", sampling=SamplingParams(1, logprobs=5)))
+    engine.add(GenerationRequest("a", sampling=SamplingParams(1)))
+    asked, plain = engine.step()
+    expected = mixture_after(ensemble, "a").log().topk(5)
+    assert [token for token, _ in asked.top_logprobs] == expected.indices.tolist()
+    assert [value for _, value in asked.top_logprobs] == pytest.approx(expected.values.tolist(), abs=1e-4)
+    assert asked.top_logprobs[0][0] == asked.token_id == plain.token_id and plain.top_logprobs == []
+
+
+@pytest.mark.parametrize("stop", ["the end", "e", "nd ", "zz"])
+def test_a_stop_string_ends_the_text_before_it(stop: str) -> None:
+    whole = "this is thee the end and more"
+    stopper, shown = StopText([stop, "unseen"]), ""
+    for at in range(0, len(whole), 3):
+        shown += stopper.push(whole[at : at + 3])
+        assert stop not in shown
+    shown += stopper.flush()
+    assert shown == whole.split(stop)[0] and stopper.stopped == (stop in whole)
+
+
 def test_logit_mean_is_another_way_to_combine(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> None:
     ensemble = make_ensemble(decoders)
     results = [
@@ -249,7 +305,12 @@ def test_no_prompt_gives_no_result(make_ensemble: Callable[..., Ensemble], decod
         ({"router": "language"}, "has no language"),
         ({"languages": ["l0", "l1"]}, "2 languages for 1 prompts"),
         ({"combine": "sum"}, "choose one of mixture, logit_mean"),
-        ({"max_new_tokens": 200}, "has 128 positions"),
+        ({"max_new_tokens": 200}, "have 128 positions"),
+        ({"draft": "nobody"}, "draft = 'nobody': this ensemble has e0"),
+        ({"draft": "e0", "draft_tokens": 0}, "draft_tokens = 0: choose at least 1"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"min_p": 1.0}, "min_p = 1.0"),
+        ({"stop": [""]}, "an empty string would end every text"),
     ],
 )
 def test_bad_values_name_the_field_and_the_way_out(

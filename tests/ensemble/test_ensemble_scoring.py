@@ -49,9 +49,9 @@ def test_batches_stay_under_the_token_budget_and_report_progress(decoders: list[
         def eval(self) -> None:
             pass
 
-        def score(self, tokens: torch.Tensor, *rest: object) -> object:
+        def score(self, tokens: torch.Tensor, *rest: object, **more: object) -> object:
             seen.append(len(tokens))
-            return decoders[0].score(tokens, *rest)  # type: ignore[arg-type]
+            return decoders[0].score(tokens, *rest, **more)  # type: ignore[arg-type]
 
     done: list[int] = []
     document_streams(Spy(), documents, START, token_budget=31, on_batch=done.append)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""The router `tfidf`: weights by the distance of the text so far to the centres of the experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaxelm.ensemble.routers.base import NO_TOKEN, BaseRouter, Request, Space
+from megaxelm.ensemble.routers.fallback import DistanceTrust, add_fallback
+from megaxelm.errors import RoutingError
+
+
+class TfidfRouter(BaseRouter):
+    """w_e ~ exp(-d2_e^(power/2) / T), d2_e = squared distance of the text's vector to the centre of expert e (paper, section 3.3).
+
+    Before the first known term the text has no vector and the weights are uniform; with a fallback expert that one has them all. A token
+    costs the same however long the text is: the vector is a sum that the terms of the token are added to.
+
+    Args:
+        centres: [experts, dimensions].
+        distance_power: 2 is the paper's formula, 4 what its released code computes.
+        trust: when the fallback expert is heard; None: there is none.
+    """
+
+    name = "tfidf"
+
+    def __init__(
+        self, space: Space, centres: Tensor, temperature: float, distance_power: int = 2, trust: DistanceTrust | None = None
+    ) -> None:
+        if not temperature > 0:
+            raise RoutingError(f"ensemble.temperature = {temperature}: must be above 0")
+        if distance_power not in (2, 4):
+            raise RoutingError(f"ensemble.distance_power = {distance_power}: choose 2 (the paper) or 4 (its code)")
+        self.space, self.centres = space, centres.to(torch.float64)
+        self.temperature, self.distance_power, self.trust = temperature, distance_power, trust
+        self.fallback = None if trust is None else centres.shape[0]
+        self.num_experts = centres.shape[0] + (trust is not None)
+
+    def log_weights(self, squared_distance: Tensor) -> Tensor:
+        """Log weights [..., experts] of squared distances [..., experts] of the trained experts alone."""
+        energy = squared_distance.to(torch.float64) ** (self.distance_power // 2)
+        # The smallest is taken off first, so that T -> 0 gives top-1 and not -inf everywhere.
+        return (-(energy - energy.amin(-1, keepdim=True)) / self.temperature).log_softmax(-1)
+
+    def of_vectors(self, vectors: Tensor) -> Tensor:
+        """Log weights [..., experts] of text vectors [..., dimensions]; a zero vector is a text that nothing is known of."""
+        vectors = vectors.to(torch.float64)
+        distance = (vectors.unsqueeze(-2) - self.centres).square().sum(-1)
+        known = vectors.abs().amax(-1) > 0
+        log_w = torch.where(known.unsqueeze(-1), self.log_weights(distance), -math.log(self.centres.shape[0]))
+        if self.trust is None:
+            return log_w
+        log_fallback, log_rest = self.trust.log_weights(distance.amin(-1))
+        nothing = self.trust.log_weights_of_nothing()
+        return add_fallback(log_w, torch.where(known, log_fallback, nothing[0]), torch.where(known, log_rest, nothing[1]))
+
+    def start(self, batch: Sequence[Request]) -> list[Any]:
+        states = [self.space.start() for _ in batch]
+        for state, request in zip(states, batch, strict=True):
+            if len(request.prompt_ids):
+                self.space.push(state, list(request.prompt_ids))
+        return states
+
+    def weights(self, state: list[Any]) -> Tensor:
+        if not state:
+            return torch.empty(0, self.num_experts, dtype=torch.float64)
+        return self.of_vectors(torch.from_numpy(np.stack([self.space.vector(row) for row in state])))
+
+    def update(self, state: list[Any], tokens: Tensor, expert_logprobs: Tensor | None = None) -> None:
+        for row, token in zip(state, tokens.tolist(), strict=True):
+            if token != NO_TOKEN:
+                self.space.push(row, [token])
+
+    def along(self, request: Request, tokens: Sequence[int], expert_logprobs: Tensor | None = None) -> Tensor:
+        if not len(tokens):
+            return torch.empty(0, self.num_experts, dtype=torch.float64)
+        return self.of_vectors(torch.from_numpy(self.space.prefixes(self.start([request])[0], tokens)))

@@ -1,0 +1,84 @@
+"""The kernels of a mixture's next token at the shape of XGLM-1.7B, 4 experts: 4, 32 and 256 rows; and the draw of an expert."""
+
+from typing import Any
+
+import triton
+from compile_only import Case
+
+from megaxelm_kernels import mixture_head_triton as head
+from megaxelm_kernels import mixture_tiles_triton as tiles
+from megaxelm_kernels.mixture_triton import BLOCK_V, MIX_TILES, SCAN, head_launch
+
+TYPES = {
+    "rows": "*i64", "keys": "*i64", "positions": "*i64", "source": "*i64", "order": "*i64", "expert_keys": "*i64", "slot_out": "*i64",
+    "order_out": "*i64", "source_out": "*i64", "token_out": "*i64", "offsets": "*i32", "offsets_in": "*i32", "offsets_out": "*i32",
+    "best_token": "*i32", "tile_token": "*i32",
+}  # fmt: skip
+NUMBERS = (
+    "num_rows vocab_size size hidden_stride group_stride head_stride logits_stride num_tiles num_head_tiles m batch num_groups".split()
+)
+
+
+def case(
+    name: str, kernel: Any, constants: dict[str, Any], *, num_warps: int = 4, num_stages: int = 3, dot: bool = False, **types: str
+) -> Case:
+    """Arguments that are neither in `constants` nor numbers are pointers, to fp32 if nothing else is said."""
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument not in constants:
+            signature[argument] = types.get(argument) or ("i32" if argument in NUMBERS else TYPES.get(argument, "*fp32"))
+    aligned = tuple(key for key, kind in signature.items() if kind.startswith("*") or key.endswith("stride") or key == "size")
+    return Case(name, kernel, signature, constants, num_warps, num_stages, divisible=aligned, tensor_cores=dot)
+
+
+def product(rows: int, dtype: str, *, shared: bool = False, draws: bool = False, size: int = 2048) -> Case:
+    at = head_launch(rows, 4 if dtype == "fp32" else 2, draws)
+    constants: dict[str, Any] = {"SHARED": shared, "DRAW": draws, "EVEN": size % at.block_k == 0, "UPCAST": False}
+    constants |= {"BLOCK_V": BLOCK_V, "BLOCK_R": at.block_r, "BLOCK_K": at.block_k}
+    absent = ("logits",) if draws else ("source", "order", "keys", "positions", "tile_best", "tile_token", "tile_logit")
+    constants |= dict.fromkeys((*absent, "offsets") if shared else absent)
+    name = f"head of {rows} rows a group, {dtype}{', shared' * shared}{', drawn' * draws}, {size}"
+    pointer = f"*{dtype}"
+    return case(
+        name,
+        head.head_product,
+        constants,
+        num_warps=at.num_warps,
+        num_stages=at.num_stages,
+        dot=dtype != "fp32",
+        hidden=pointer,
+        heads=pointer,
+    )
+
+
+def mixing(name: str, *absent: str, **flags: bool) -> Case:
+    given = {key: False for key in ("MEAN", "SKIP", "NOISE", "TEMPERED", "ON_EXPERTS", "WRITE")} | flags
+    return case(name, tiles.mix_tiles, given | {"TILES": MIX_TILES, "BLOCK": BLOCK_V * MIX_TILES} | dict.fromkeys(absent))
+
+
+MEANS = ("mean_max", "mean_sum")
+BEST = ("best", "best_token")
+CASES = [
+    *(product(rows, "bf16") for rows in (1, 8, 64)),
+    *(product(rows, "bf16", shared=True) for rows in (4, 32, 128, 256)),
+    product(8, "fp16"),
+    product(8, "bf16", size=2056),
+    *(product(rows, "fp32") for rows in (1, 8, 64)),
+    *(product(rows, "bf16", draws=True) for rows in (1, 64)),
+    product(64, "fp32", draws=True),
+    case("sums of rows", head.row_sums, {"SCAN": SCAN}),
+    mixing("greedy", "temperature", "keys", "positions", "scores", *MEANS, SKIP=True),
+    mixing("sample", "scores", *MEANS, NOISE=True, TEMPERED=True),
+    mixing("sample of tempered experts", "scores", *MEANS, NOISE=True, TEMPERED=True, ON_EXPERTS=True),
+    mixing("sample of mean logits", "scores", MEAN=True, NOISE=True, TEMPERED=True),
+    mixing("log-probabilities", "temperature", "keys", "positions", *BEST, *MEANS, WRITE=True),
+    mixing("mean logits", "temperature", "keys", "positions", *BEST, WRITE=True, MEAN=True),
+    case("sums of tempered logits", tiles.tempered_sums, {"BLOCK": 4096}, num_warps=8),
+    case("token", tiles.finish, {"MEAN": False, "GIVEN": False, "SCAN": SCAN, "mean_max": None, "mean_sum": None}),
+    case("token of mean logits", tiles.finish, {"MEAN": True, "GIVEN": False, "SCAN": SCAN}),
+    *(
+        case(f"draw of {batch} experts", head.draw_experts, {"SHARED": False, "BATCH": batch, "GROUPS": triton.next_power_of_2(5)})
+        for batch in (64, 1024)
+    ),
+    case("drawn token", head.finish_draw, {"BLOCK_V": BLOCK_V, "SCAN": SCAN}),
+]
