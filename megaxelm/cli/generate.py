@@ -33,6 +33,11 @@ def generate(
     expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture.")] = None,
     router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
     top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,
+    combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="An expert that proposes tokens, which the mixture verifies: the same distribution.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens that it proposes at a time.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from so many of the likeliest tokens; 0: all.")] = 0,
@@ -55,11 +60,14 @@ def generate(
     _check(prompt, stop, stream, as_json, batch, output)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     items = _read(prompt, batch, language, sampling)
-    ensemble, engine = open_mixture(run, dtype, device, router=router, top_m=top_m, expert=expert, max_batch=max_batch)
+    settings = {"router": router, "top_m": top_m, "combine": combine, "expert": expert, "draft": draft, "draft_tokens": draft_tokens}
+    ensemble, engine = open_mixture(run, dtype, device, max_batch=max_batch, **settings)
     if batch is not None:
         _write_batch(engine, items, ensemble.experts, None if output == _STANDARD else output, weights)
     else:
         _write_prompts(engine, items, ensemble.experts, ensemble.tokenizer, stream, weights, as_json)
+    if draft is not None:
+        print(f"  [{engine.drafted.line()}]", file=sys.stderr)
 
 
 def _check(prompt: Sequence[str] | None, stop: Sequence[str] | None, stream: bool, as_json: bool, batch: Path | None, output: Path) -> None:

@@ -23,6 +23,11 @@ def serve(
     expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture; the model is then <run>/<expert>.")] = None,
     router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
     top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,
+    combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="An expert that proposes tokens, which the mixture verifies: the same distribution.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens that it proposes at a time.")] = 4,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")] = None,
     max_batch: Annotated[int, typer.Option(help="Texts written at one time; the others wait.")] = 32,
@@ -53,9 +58,8 @@ def serve(
     )
     key = read_key(api_key_file)
     with bind(host, port, key is not None) as listening:
-        ensemble, engine = open_mixture(
-            run, dtype, device, router=router, top_m=top_m, expert=expert, max_batch=max_batch, max_tokens=max_tokens
-        )
+        settings = {"router": router, "top_m": top_m, "combine": combine, "expert": expert, "draft": draft, "draft_tokens": draft_tokens}
+        ensemble, engine = open_mixture(run, dtype, device, max_batch=max_batch, max_tokens=max_tokens, **settings)
         ensemble.tokenizer.encode(["x"])  # loads what it is made of, before two threads may want to
         called = name or _name_of(run, expert)
         routed = (

@@ -78,6 +78,12 @@ def test_sampling_options_arrive(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == 0 and json.loads(out)["num_tokens"] <= 6
 
 
+def test_a_draft_changes_nothing_greedy_and_is_accounted_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = command(capsys, run, *PROMPTS, "--max-new-tokens", 20)[1]
+    code, out, errors = command(capsys, run, *PROMPTS, "--max-new-tokens", 20, "--draft", "north", "--draft-tokens", 3)
+    assert (code, out) == (0, plain) and "proposed tokens accepted" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -98,6 +104,8 @@ def test_sampling_options_arrive(run: Path, capsys: pytest.CaptureFixture[str]) 
         (("--prompt", "x", "--device", "warp:9"), "--device warp:9"),
         (("--prompt", "x", "--router", "language", "--language", "xx"), "xx"),
         (("--prompt", "x", "--expert", "nobody"), "north, south"),
+        (("--prompt", "x", "--draft", "nobody"), "north, south"),
+        (("--prompt", "x", "--combine", "sum"), "mixture, logit_mean"),
         (("--prompt", "x" * 99), "96 positions"),
     ],
 )
