@@ -45,6 +45,7 @@ class EnsembleSettings:
     top_m: int | None = None
     combine: str = "mixture"
     temperature_on: str = "mixture"
+    devices: int = 1
 
     def check(self, num_experts: int, where: str) -> None:
         """Raises RoutingError for a value out of range, naming `where` it stands; `num_experts` are the trained ones."""
@@ -221,7 +222,7 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
             sources.append(partial(_source, path))
             languages[entry["name"]] = dict(entry["languages"])
             fallbacks += [entry["name"]] if entry["fallback"] else []
-        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"], config["temperature_on"])
+        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"], config["temperature_on"], config["devices"])
     except (KeyError, TypeError, AttributeError) as error:
         raise RoutingError(f"{folder / 'config.json'}: damaged ({type(error).__name__}: {error}); build the ensemble again") from None
     if not names:
@@ -237,6 +238,11 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
     tokenizer = Tokenizer.load(folder / "tokenizer")
     data = _load_routers(folder / "router", names, fallbacks[0] if fallbacks else None, tokenizer)
     return Ensemble(names, loaders, tokenizer, data, settings, languages, sources, dtype, device)
+
+
+def read_devices(folder: Path) -> int:
+    """Devices that the experts of an ensemble folder are to be spread over."""
+    return int(_read(folder / "config.json", folder).get("devices", 1))
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Callable[[], Decoder]:

@@ -21,6 +21,7 @@ import uvicorn
 
 from megaxelm.errors import ServeError
 from megaxelm.serve.app import Service, make_app
+from megaxelm.serve.connection import TimedConnection
 
 KEY_VARIABLE = "MEGAXELM_API_KEY"
 _SHORTEST_KEY = 16
@@ -87,23 +88,28 @@ def address_of(server: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run_server(service: Service, server: socket.socket, say: Callable[[str], None]) -> None:
-    """Serve until a signal; starts the engine's thread and ends it. `say` is told when the server is ready and when it stops."""
-    config = uvicorn.Config(
+def uvicorn_config(service: Service) -> uvicorn.Config:
+    """How uvicorn runs the service: without logs of requests, which may be private."""
+    return uvicorn.Config(
         make_app(service),
+        http=TimedConnection,
+        ws="none",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        lifespan="off",
-        ws="none",
         limit_concurrency=service.limits.connections,
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_FLUSH_SECONDS,
     )
+
+
+def run_server(service: Service, server: socket.socket, say: Callable[[str], None]) -> None:
+    """Serve until a signal; starts the engine's thread and ends it. `say` is told when the server is ready and when it stops."""
     service.runner.start()
     try:
-        asyncio.run(_Server(config, service, say).serve(sockets=[server]))
+        asyncio.run(_Server(uvicorn_config(service), service, say).serve(sockets=[server]))
     finally:
         service.runner.stop()
         server.close()

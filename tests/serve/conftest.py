@@ -21,7 +21,7 @@ from megaxelm.serve.app import Service, make_app  # noqa: E402
 from megaxelm.serve.limits import Limits  # noqa: E402
 from megaxelm.serve.metrics import Metrics  # noqa: E402
 from megaxelm.serve.runner import EngineRunner  # noqa: E402
-from megaxelm.serve.server import bind  # noqa: E402
+from megaxelm.serve.server import bind, uvicorn_config  # noqa: E402
 
 EXPERTS = ["north", "south"]
 
@@ -74,7 +74,8 @@ def serve(make_service: Callable[..., Served]) -> Iterator[Callable[..., Served]
     def start(**settings: object) -> Served:
         served = make_service(**settings)
         listening = bind("127.0.0.1", 0, has_key=False)
-        config = uvicorn.Config(make_app(served.service), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn_config(served.service)
+        config.timeout_graceful_shutdown = 1
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
         thread.start()

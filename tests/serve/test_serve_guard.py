@@ -22,6 +22,7 @@ from scripted_engine import scripted_text, wait_for
 from tiny_run import REPOSITORY
 
 from megaxelm.errors import ServeError
+from megaxelm.serve.connection import TimedConnection
 from megaxelm.serve.server import KEY_VARIABLE, address_of, bind, read_key
 
 KEY = "0123456789abcdef0123"
@@ -82,6 +83,21 @@ def test_a_body_that_does_not_come_is_given_up_while_others_are_answered(serve: 
             pass  # and the connection ends
 
 
+def test_a_head_that_does_not_come_ends_the_connection(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TimedConnection, "head_seconds", 0.4)
+    served = serve(delay=0.1)
+    port = int(served.url.split(":")[2].split("/")[0])
+    with socket.create_connection(("127.0.0.1", port), 5) as silent, socket.create_connection(("127.0.0.1", port), 5) as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += slow.recv(4096)
+        slow.sendall(b"GET /health HTT")  # the second head of this connection
+        # A request whose answer takes longer than the head may is not touched.
+        assert len(served.client().completions.create(**BODY | {"max_tokens": 8}).choices[0].text) == 8
+        assert silent.recv(1) == b"" and slow.recv(1) == b""
+
+
 def test_prompt_and_answer_together_are_bounded(make_service: Callable[..., Any]) -> None:
     with make_service(tokens=10).test_client() as client:
         assert client.post("/v1/completions", json=BODY | {"prompt": "x" * 7}).status_code == 200
@@ -106,7 +122,7 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
         read_key(tmp_path / "none")
 
 
-def test_other_machines_are_served_only_with_a_key() -> None:
+def test_other_machines_are_served_only_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("0.0.0.0", "", "::"):
         with pytest.raises(ServeError, match="--api-key-file"):
             bind(host, 0, has_key=False)
@@ -117,6 +133,11 @@ def test_other_machines_are_served_only_with_a_key() -> None:
             bind("127.0.0.1", taken.getsockname()[1], has_key=False)
     with pytest.raises(ServeError, match=r"--host no\.such"):
         bind("no.such.host.invalid", 0, has_key=True)
+    # A name of several addresses, of which other machines reach one.
+    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **settings: addresses)
+    with pytest.raises(ServeError, match="--api-key-file"):
+        bind("both.example", 0, has_key=False)
 
 
 SERVER = """
