@@ -100,8 +100,7 @@ def decode_attention_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         found = tl.dot(weights.to(values.dtype), values, found * shrink[:, None], input_precision="ieee")
         highest = higher
-    # A row of length 0 has no sum.
-    found = tl.where((total > 0)[:, None], found / total[:, None], 0.0)
+    found = found / tl.where(total > 0, total, 1.0)[:, None]  # a row of length 0 has no sum, and zeros
     at = row * tl.num_programs(0) * HEADS_A_KEY + query_head
     if SPLITS > 1:
         tl.store(sums_ptr + at * SPLITS + split, highest + tl.log2(total), mask=head < HEADS_A_KEY)
