@@ -3,7 +3,7 @@
 ```
 ensemble/
   config.json        model_type "xelm": experts in order (the fallback expert last), their languages, default router, top_m, combine
-  tokenizer/         Hugging Face tokenizer files
+  tokenizer/         Hugging Face tokenizer files; again beside config.json, where transformers looks for them
   router/            router.json, and for `tfidf` centres.safetensors and the vector space
   experts/<name>/    Hugging Face checkpoint folder; hard links to the exports where the disk allows, else copies
 ```
@@ -168,6 +168,8 @@ def save_ensemble(
     Raises:
         RoutingError: an export is missing, or names do not agree.
     """
+    from megaxelm.model.hub import copy_tokenizer
+
     settings = settings or EnsembleSettings()
     if list(experts) != list(data.experts) or not experts:
         raise RoutingError(
@@ -188,8 +190,9 @@ def save_ensemble(
     if not tokenizer_folder.is_dir():
         raise RoutingError(f"ensemble: no tokenizer in {tokenizer_folder}; run the tokenizer stage first")
     shutil.copytree(tokenizer_folder, out / "tokenizer", dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
+    copy_tokenizer(out / "tokenizer", out)
     _save_routers(out / "router", data)
-    config = {"model_type": MODEL_TYPE, "format": FORMAT, "experts": entries}
+    config = {"model_type": MODEL_TYPE, "architectures": ["XelmForCausalLM"], "format": FORMAT, "experts": entries}
     write_json(out / "config.json", config | asdict(settings))
 
 
