@@ -45,8 +45,13 @@ class WeightTrace:
         return self.weights.argmax(-1).tolist()
 
     def colour(self, expert: int) -> str:
-        """The colour of an expert, `#rrggbb`; after eight they come again."""
-        return FALLBACK_COLOUR if self.experts[expert] == self.fallback else COLOURS[expert % len(COLOURS)]
+        """The colour of an expert, `#rrggbb`: one of eight, and for the next eight the same half way to white; then they come again."""
+        if self.experts[expert] == self.fallback:
+            return FALLBACK_COLOUR
+        colour = COLOURS[expert % len(COLOURS)]
+        if expert // len(COLOURS) % 2 == 0:
+            return colour
+        return "#" + "".join(f"{(int(colour[at : at + 2], 16) + 255) // 2:02x}" for at in (1, 3, 5))
 
     def show(self, console: Console | None = None) -> None:
         """`print_weights` of this trace."""

@@ -59,19 +59,21 @@ def plot_weights(trace: WeightTrace, path: Path, title: str | None = None) -> No
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "weights"}), warnings.catch_warnings():
         # The text of an SVG is drawn by the reader's fonts, whatever matplotlib's own have.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        height = 0.75 + _LINE_HEIGHT * len(lines)
+        shown = [expert for expert in range(len(trace.experts)) if float(trace.weights[:, expert].amax()) >= 0.005]
+        handles = [Patch(color=trace.colour(expert), label=_name(trace, expert)) for expert in shown]
+        columns = max(1, min(len(handles), int(_WIDTH / (0.55 + 0.078 * max(len(_name(trace, expert)) for expert in shown)))))
+        below = 0.5 + 0.2 * -(-len(handles) // columns)
+        height = 0.32 + below + _LINE_HEIGHT * len(lines)
         figure = Figure(figsize=(_WIDTH, height), facecolor="white")
         all_axes: NDArray[Any] = figure.subplots(len(lines), 1, squeeze=False)[:, 0]
         # Room for the title above and the names below is the same however many lines there are.
-        figure.subplots_adjust(left=0.045, right=0.995, top=1 - 0.32 / height, bottom=0.68 / height, hspace=0.5)
+        figure.subplots_adjust(left=0.045, right=0.995, top=1 - 0.32 / height, bottom=below / height, hspace=0.5)
         for axes, (begin, end) in zip(all_axes, lines, strict=True):
             _draw_line(axes, trace, begin, end, fonts)
         figure.suptitle(
             title or f"Weights of the experts along a text, router {trace.router}", x=0.005, ha="left", fontsize=10, weight="bold"
         )
-        shown = [expert for expert in range(len(trace.experts)) if float(trace.weights[:, expert].amax()) >= 0.005]
-        handles = [Patch(color=trace.colour(expert), label=_name(trace, expert)) for expert in shown]
-        figure.legend(handles=handles, loc="lower left", ncols=min(6, len(handles)), frameon=False, bbox_to_anchor=(0.03, 0.0))
+        figure.legend(handles=handles, loc="lower left", ncols=columns, frameon=False, bbox_to_anchor=(0.03, 0.0))
         figure.savefig(path, dpi=160, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else None)
 
 

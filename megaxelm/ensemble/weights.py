@@ -35,7 +35,7 @@ def top_m(log_w: Tensor, m: int | None, fallback: int | None = None, bound: floa
     Args:
         m: trained experts kept; None keeps all.
         fallback: index of the fallback expert, the last. It is not counted by m and keeps its weight, and the kept experts share the rest;
-            where it has at most `bound` it is dropped, unless no other has weight.
+            where it has at most `bound` it is dropped.
 
     Raises:
         RoutingError: if m is not in 1..trained experts, or a row has no expert with a weight above zero.
@@ -59,9 +59,9 @@ def _with_fallback(log_w: Tensor, kept: Tensor, experts: Tensor, bound: float) -
     """The kept trained experts, scaled up to what all trained ones had, and the fallback; heaviest first."""
     last = log_w.shape[-1] - 1
     of_trained = log_w[..., :last].logsumexp(-1, keepdim=True)
-    alone = of_trained == -torch.inf
-    scaled = torch.where(alone, -torch.inf, kept - kept.logsumexp(-1, keepdim=True) + of_trained)
+    # Where no trained expert has weight, the difference is not a number.
+    scaled = torch.where(of_trained == -torch.inf, -torch.inf, kept - kept.logsumexp(-1, keepdim=True) + of_trained)
     own = log_w[..., last:]
-    own = torch.where((own.exp() > bound) | alone, own, -torch.inf)
+    own = torch.where(own.exp() > bound, own, -torch.inf)
     both, order = torch.cat([scaled, own], -1).sort(dim=-1, descending=True, stable=True)
     return both, torch.cat([experts, torch.full_like(experts[..., :1], last)], -1).gather(-1, order)

@@ -12,6 +12,7 @@ from megaxelm.ensemble.routers import (
     DistanceTrust,
     FixedRouter,
     PosteriorRouter,
+    RefreshRouter,
     Request,
     RouterData,
     TfidfRouter,
@@ -81,7 +82,7 @@ def test_tfidf_hears_it_far_from_every_centre_and_where_nothing_is_known() -> No
 def test_the_posterior_takes_it_as_one_more_expert_with_its_own_prior() -> None:
     """With the fallback too, sum_t log p(x_t) = logsumexp_e(log prior_e + sum_t log p_e(x_t))."""
     stream = -6 * torch.rand(4, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    router = PosteriorRouter(3, [0.5, 0.2, 0.3], fallback_weight=0.1)
+    router = PosteriorRouter(3, [5.0, 2.0, 3.0], fallback_weight=0.1)
     prior = torch.tensor([0.45, 0.18, 0.27, 0.1], dtype=torch.float64)
     assert torch.allclose(router.along(Request(), range(40), stream)[0].exp(), prior)
     total = mixture_logprob(stream, router, range(40)).sum()
@@ -93,6 +94,7 @@ def test_the_posterior_always_runs_it_since_it_could_not_come_back() -> None:
     log_w = torch.tensor([[0.0, -30.0, -20.0]], dtype=torch.float64).log_softmax(-1)
     assert router.keep(log_w, 1).experts.tolist() == [[0, 2]]
     assert float(router.keep(log_w, 1).log_w[0, 1]) > -math.inf
+    assert torch.equal(RefreshRouter(router, "chunk", 4).keep(log_w, 1).log_w, router.keep(log_w, 1).log_w)
 
 
 def test_top_m_counts_the_trained_and_leaves_the_fallback_its_weight() -> None:

@@ -67,6 +67,12 @@ def test_the_terminal_shows_each_piece_in_the_colour_of_its_heaviest_expert() ->
     assert legend.index("■ ru 0.48") < legend.index("■ seed 0.37") < legend.index("■ de 0.15")
 
 
+def test_sixteen_experts_and_the_fallback_have_colours_of_their_own() -> None:
+    trace = WeightTrace("uniform", [f"e{number}" for number in range(16)] + ["seed"], "seed", [], torch.ones(0, 17))
+    assert len({trace.colour(expert) for expert in range(17)}) == 17
+    assert trace.colour(8) == "#7fb8d8" and trace.colour(16) == FALLBACK_COLOUR
+
+
 def test_brackets_in_a_text_are_text() -> None:
     file = io.StringIO()
     print_weights(WeightTrace("uniform", ["a"], None, ["[bold]", "[/x]"], torch.ones(2, 1)), Console(file=file))
