@@ -6,6 +6,7 @@ import triton
 from compile_only import Case
 
 from megaxelm_kernels import grouped_linear_triton as kernels
+from megaxelm_kernels.decode_tiles import linear_tiles
 
 SHAPES = {"qkv": (6144, 2048), "out": (2048, 2048), "up": (8192, 2048), "down": (2048, 8192)}
 INTEGERS = ("num_rows", "size_out", "size_in", "features_a_split")
@@ -13,7 +14,7 @@ INTEGERS = ("num_rows", "size_out", "size_in", "features_a_split")
 
 def _cases(name: str, dtype: str, num_rows: int, num_groups: int, size_out: int, size_in: int, shared: bool = False) -> list[Case]:
     itemsize = 4 if dtype == "fp32" else 2
-    tile = kernels.launch(num_rows, 1 if shared else num_groups, size_out, size_in, itemsize)
+    tile = linear_tiles(num_rows, 1 if shared else num_groups, size_out, size_in, itemsize)
     split = tile.splits > 1
     even = size_out % tile.outs == 0 and size_in % tile.features_a_split == 0
     strides = ("x_row_stride", "weight_group_stride", "bias_group_stride", "out_row_stride", "out_split_stride")
