@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import triton
 from compile_only import Case
 
@@ -42,6 +44,15 @@ def _cases(name: str, dtype: str, rows: int, heads: int, kv_heads: int, head_dim
     return found
 
 
+def _of_one_place() -> Case:
+    """Triton makes a constant of an argument that is 1: the bounds, the capacity, the strides."""
+    case = _cases("one place", "bf16", 4, 16, 16, 64)[0]
+    ones = ("longest", "window", "capacity", "q_head_stride")
+    signature = {key: kind for key, kind in case.signature.items() if key not in ones}
+    divisible = tuple(key for key in case.divisible if key not in ones)
+    return dataclasses.replace(case, signature=signature, divisible=divisible, constants=case.constants | dict.fromkeys(ones, 1))
+
+
 def _store(dtype: str, kv_heads: int, head_dim: int) -> Case:
     signature = {key: f"*{dtype}" for key in ("keys_ptr", "values_ptr", "k_ptr", "v_ptr")} | {"slots_ptr": "*i64", "positions_ptr": "*i64"}
     signature |= {key: "i32" for key in ("capacity", "k_row_stride", "k_head_stride", "v_row_stride", "v_head_stride")}
@@ -52,3 +63,4 @@ def _store(dtype: str, kv_heads: int, head_dim: int) -> Case:
 SIZES = [(name, dtype, rows) for name in SHAPES for dtype in ("bf16", "fp32") for rows in (4, 256)]
 CASES = [case for name, dtype, rows in SIZES for case in _cases(name, dtype, rows, *SHAPES[name])]
 CASES += [_store(dtype, *shape) for dtype in ("bf16", "fp32") for shape in ((16, 128), (8, 64), (3, 80))]
+CASES.append(_of_one_place())

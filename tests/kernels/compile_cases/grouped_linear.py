@@ -25,6 +25,10 @@ def _cases(name: str, dtype: str, num_rows: int, num_groups: int, size_out: int,
         signature["out_ptr"] = "*fp32"
     divisible = tuple(key for key in signature if key != "num_rows") if size_in % 16 == 0 else ("x_ptr", "weight_ptr", "out_ptr")
     constants = groups | {"HAS_BIAS": not split, "EVEN": even, "ROWS": tile.rows, "OUTS": tile.outs, "FEATURES": tile.features}
+    if num_rows == 1:  # Triton makes a constant of an argument that is 1
+        constants["num_rows"] = 1
+        signature.pop("num_rows")
+        divisible = tuple(key for key in divisible if key != "num_rows")
     label = f"{name} {dtype} {num_rows} rows of {num_groups} groups"
     found = [
         Case(
@@ -34,8 +38,9 @@ def _cases(name: str, dtype: str, num_rows: int, num_groups: int, size_out: int,
     ]  # fmt: skip
     if split:
         summed = {"partial_ptr": "*fp32", "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "offsets_ptr": "*i32"}
-        summed |= {key: "i32" for key in ("num_rows", "size_out", "bias_group_stride", "out_row_stride")}
+        summed |= {key: "i32" for key in ("num_rows", "size_out", "bias_group_stride", "out_row_stride") if key in signature}
         constants = groups | {"HAS_BIAS": True, "SPLITS": tile.splits, "BLOCK": kernels.SUM_BLOCK}
+        constants |= {} if "num_rows" in summed else {"num_rows": 1}
         found.append(Case(f"{label} sum", kernels.add_splits_kernel, summed, constants, 4, divisible=divisible_of(summed)))
     return found
 
