@@ -96,11 +96,11 @@ def store_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor, 
 
         decode_attention_triton.store(keys, values, k, v, slots, positions)
         return
-    inside = (positions >= 0) & (positions < keys.shape[2])
-    if not bool(inside.all()):
+    if any(not 0 <= position < keys.shape[2] for position in positions.tolist()):
+        inside = (positions >= 0) & (positions < keys.shape[2])
         k, v, slots, positions = k[inside], v[inside], slots[inside], positions[inside]
-    keys[slots, :, positions] = k
-    values[slots, :, positions] = v
+    for cache, new in ((keys, k), (values, v)):
+        cache.transpose(1, 2).index_put_((slots, positions), new)
 
 
 def _check_cache(keys: Tensor, values: Tensor, kernels: str) -> None:

@@ -8,35 +8,16 @@ inference; online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megaxelm_kernels.backend import interpreted
+from megaxelm_kernels.decode_tiles import attention_tiles
 
-PROGRAMS = 512  # wanted at least: about four on each of 132 multiprocessors
-_LEAST_PLACES = 128  # of a split
-_MOST_SPLITS = 32  # which the second kernel holds at once
 _LOG2_E = 1.4426950408889634
 STORE_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tiles and grid of one shape."""
-
-    splits: int
-    places_a_split: int
-    places: int
-    """Of a tile."""
-    heads: int
-    """Of a tile: the query heads of a key head, padded."""
-    head_dim: int
-    stages: int
-    warps: int
 
 
 @triton.jit
@@ -171,25 +152,6 @@ def store_kv_kernel(
     tl.store(values_ptr + to, v, mask=there)
 
 
-def launch(num_rows: int, kv_heads: int, heads_a_key: int, head_dim: int, places: int, itemsize: int) -> Launch:
-    """`places` is a bound of what a row sees. By bounds that the host knows: the same for any lengths."""
-    width = max(16, triton.next_power_of_2(head_dim))
-    tile = max(16, min(64, 16384 // (width * itemsize)))
-    wanted = triton.cdiv(PROGRAMS, max(1, num_rows * kv_heads))
-    splits = max(1, min(wanted, triton.cdiv(places, _LEAST_PLACES), _MOST_SPLITS))
-    places_a_split = triton.cdiv(triton.cdiv(max(places, 1), splits), tile) * tile
-    heads = max(16, triton.next_power_of_2(heads_a_key))
-    return Launch(
-        splits=triton.cdiv(max(places, 1), places_a_split),
-        places_a_split=places_a_split,
-        places=tile,
-        heads=heads,
-        head_dim=width,
-        stages=3,
-        warps=8 if itemsize == 4 else 4,  # products in fp32 are kept in registers
-    )
-
-
 def forward(
     q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, longest: int, scale: float, sliding_window: int | None
 ) -> Tensor:
@@ -201,7 +163,7 @@ def forward(
     if not out.numel():
         return out
     window = longest if sliding_window is None else min(sliding_window, longest)
-    tile = launch(num_rows, kv_heads, num_heads // kv_heads, head_dim, window, q.element_size())
+    tile = attention_tiles(num_rows, kv_heads, num_heads // kv_heads, head_dim, window, q.element_size())
     split = tile.splits > 1
     partial, sums = out, None
     if split:
@@ -212,12 +174,12 @@ def forward(
             q, keys, values, slots, lengths, partial, sums, capacity, longest, window, tile.places_a_split,
             q.stride(0), q.stride(1), scale * _LOG2_E,
             HEADS_A_KEY=num_heads // kv_heads, SPLITS=tile.splits, HEADS=tile.heads, PLACES=tile.places, HEAD_DIM=head_dim,
-            WIDTH=tile.head_dim, UPCAST=interpreted() and q.dtype != torch.float32, num_stages=tile.stages, num_warps=tile.warps,
+            WIDTH=tile.width, UPCAST=interpreted() and q.dtype != torch.float32, num_stages=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if split:
             join_splits_kernel[(num_heads, num_rows)](
                 partial, sums, lengths, out, longest, window, tile.places_a_split,
-                SPLITS=tile.splits, PADDED=triton.next_power_of_2(tile.splits), HEAD_DIM=head_dim, WIDTH=tile.head_dim, num_warps=4,
+                SPLITS=tile.splits, PADDED=triton.next_power_of_2(tile.splits), HEAD_DIM=head_dim, WIDTH=tile.width, num_warps=4,
             )  # fmt: skip
     return out
 

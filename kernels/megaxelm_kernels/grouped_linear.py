@@ -6,7 +6,7 @@ groups may differ from call to call; an empty group costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -51,60 +51,68 @@ def grouped_linear(
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups, out: Tensor) -> Tensor:
     if weight.stride(0) == 0:
         shared = bias[:1] if bias is not None and bias.stride(0) == 0 else None
-        _one_count(x[None], weight[:1], shared, out[None])
+        _one_count(x, weight[:1], shared, out, 1, groups.num_rows)
         if bias is not None and shared is None:
             out += bias[groups.group_of_row]
         return out
     for first, num_groups, begin, count in _runs(groups.counts):
-        some, rows = slice(first, first + num_groups), slice(begin, begin + num_groups * count)
-        _one_count(
-            x[rows].unflatten(0, (num_groups, count)),
-            weight[some],
-            None if bias is None else bias[some],
-            out[rows].unflatten(0, (num_groups, count)),
-        )
+        if num_groups == groups.num_groups:
+            _one_count(x, weight, bias, out, num_groups, count)
+        else:
+            some, rows = slice(first, first + num_groups), slice(begin, begin + num_groups * count)
+            _one_count(x[rows], weight[some], None if bias is None else bias[some], out[rows], num_groups, count)
     return out
 
 
-def _runs(counts: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+@lru_cache(maxsize=256)
+def _runs(counts: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
     """First group, groups, first row and rows of each group, of each run of neighbours of one count; empty groups are left out."""
-    first, begin = 0, 0
+    runs, first, begin = [], 0, 0
     while first < len(counts):
         last = first + 1
         while last < len(counts) and counts[last] == counts[first]:
             last += 1
         if counts[first]:
-            yield first, last - first, begin, counts[first]
+            runs.append((first, last - first, begin, counts[first]))
         begin += (last - first) * counts[first]
         first = last
+    return runs
 
 
-def _one_count(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Groups of one count: x [groups, count, in], weight [groups, out, in], bias [groups, out], out [groups, count, out].
+def _one_count(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_groups: int, count: int) -> None:
+    """Groups of one count: x [groups * count, in], weight [groups, out, in], bias [groups, out], out [groups * count, out].
 
     Products of few rows are bound by the reading of the weight, and there MKL's batched product with the weight on the left is 2 to 4
-    times as fast as `F.linear`, for one matrix too if it is cut into pieces; with many more features in than out only for the fewest
-    rows. In half types both orders are alike.
+    times as fast as `F.linear`, for one matrix too if it is cut into pieces; with more features in than out only for the fewest rows. In
+    half types both orders are alike. A small model's step is mostly the calls themselves: so each way makes as few as it can.
     """
-    num_groups, count, size_in = x.shape
-    size_out = weight.shape[1]
+    size_out, size_in = weight.shape[1:]
     if x.dtype != torch.float32 or count > (FEW_ROWS if size_out >= size_in else FEWEST_ROWS):
         if num_groups == 1:
-            out.copy_(F.linear(x[0], weight[0], None if bias is None else bias[0]))
-        elif bias is None:
-            torch.bmm(x, weight.transpose(1, 2), out=out)
+            out.copy_(F.linear(x, weight[0], None if bias is None else bias[0]))
+            return
+        rows, out_rows = x.view(num_groups, count, size_in), out.view(num_groups, count, size_out)
+        if bias is None:
+            torch.bmm(rows, weight.transpose(1, 2), out=out_rows)
         else:
-            torch.baddbmm(bias[:, None], x, weight.transpose(1, 2), out=out)
+            torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2), out=out_rows)
         return
-    columns = x.transpose(1, 2)
+    products, columns = num_groups, x.view(num_groups, count, size_in).transpose(1, 2)
     if num_groups == 1 and size_out % PIECES == 0:
-        weight = weight.view(PIECES, size_out // PIECES, size_in)
+        products, weight = PIECES, weight.view(PIECES, size_out // PIECES, size_in)
         columns = columns.expand(PIECES, -1, -1)
-    products = torch.bmm(weight, columns).view(num_groups, size_out, count).transpose(1, 2)
+    if count == 1:
+        column = out.view(products, -1, 1)
+        if bias is None:
+            torch.bmm(weight, columns, out=column)
+        else:
+            torch.baddbmm(bias.reshape(products, -1, 1), weight, columns, out=column)
+        return
+    found = torch.bmm(weight, columns).view(num_groups, size_out, count).transpose(1, 2)
     if bias is None:
-        out.copy_(products)
+        out.view(num_groups, count, size_out).copy_(found)
     else:
-        torch.add(products, bias[:, None], out=out)
+        torch.add(found, bias[:, None], out=out.view(num_groups, count, size_out))
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups) -> Tensor:

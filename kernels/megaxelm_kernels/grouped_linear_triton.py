@@ -9,36 +9,16 @@ counts.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megaxelm_kernels.backend import interpreted
+from megaxelm_kernels.decode_tiles import linear_tiles
 from megaxelm_kernels.row_groups import RowGroups
 
-PROGRAMS = 256  # wanted at least: about two on each of 132 multiprocessors
-_PIPELINE_BYTES = 100 * 1024  # of shared memory a program, so that two fit on a multiprocessor
-_LEAST_STEPS, _MOST_SPLITS = 4, 8
 SUM_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tiles and grid of one shape."""
-
-    rows: int
-    outs: int
-    features: int
-    splits: int
-    """Parts of the features, each of `features_a_split`."""
-    features_a_split: int
-    row_tiles: int
-    """As many as the rows can need, however they are spread over the groups."""
-    stages: int
-    warps: int
 
 
 @triton.jit
@@ -149,34 +129,6 @@ def add_splits_kernel(
     tl.store(out_ptr + tl.cast(row, tl.int64) * out_row_stride + column, total.to(out_ptr.dtype.element_ty), mask=column < size_out)
 
 
-def launch(num_rows: int, num_groups: int, size_out: int, size_in: int, itemsize: int) -> Launch:
-    """By bounds that the host knows: the same for any counts of the groups."""
-    rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 128 or itemsize == 4 else 128
-    busy = min(num_groups, num_rows)
-    row_tiles = min(num_rows, (num_rows + (rows - 1) * busy) // rows)
-    # Each program reads the features of all its rows: wide tiles where rows are many, narrow ones where programs are few.
-    outs = 128 if rows == 128 and row_tiles > 2 * busy else 64
-    while outs > 16 and rows <= 64 and triton.cdiv(size_out, outs) * row_tiles < PROGRAMS:
-        outs //= 2
-    features = (256 if rows <= 32 else 128) // itemsize
-    if itemsize == 4:
-        features = 32
-    features = min(features, max(16, triton.next_power_of_2(size_in)))
-    wanted = PROGRAMS // (triton.cdiv(size_out, outs) * row_tiles)
-    splits = max(1, min(wanted, size_in // (_LEAST_STEPS * features), _MOST_SPLITS))
-    features_a_split = triton.cdiv(triton.cdiv(size_in, splits), features) * features
-    return Launch(
-        rows=rows,
-        outs=outs,
-        features=features,
-        splits=triton.cdiv(size_in, features_a_split),
-        features_a_split=features_a_split,
-        row_tiles=row_tiles,
-        stages=max(2, min(6, _PIPELINE_BYTES // ((rows + outs) * features * itemsize))),
-        warps=8 if rows == 128 or itemsize == 4 else 4,
-    )
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups, out: Tensor) -> None:
     """Write the products to `out`, of a shape that is not empty; rows beyond the last of `groups.device_offsets` are left alone."""
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -185,7 +137,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: RowGroups, o
     shared = weight.stride(0) == 0 and (bias is None or bias.stride(0) == 0)
     num_groups = 1 if shared else num_groups
     offsets = None if shared else groups.device_offsets
-    tile = launch(num_rows, num_groups, size_out, size_in, x.element_size())
+    tile = linear_tiles(num_rows, num_groups, size_out, size_in, x.element_size())
     split = tile.splits > 1
     target = torch.empty(tile.splits, num_rows, size_out, dtype=torch.float32, device=x.device) if split else out[None]
     bias_group_stride = 0 if bias is None else bias.stride(0)

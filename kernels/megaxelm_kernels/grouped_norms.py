@@ -52,17 +52,23 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, groups: Ro
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, groups: RowGroups) -> Tensor:
-    size = (x.shape[1],)
+    shape, size = x.shape, (x.shape[1],)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight_rows = _rows(weight, groups).to(wide.dtype)
+    count = groups.counts[0] if groups.counts else 0
+    if weight.stride(0) == 0 and (bias is None or bias.stride(0) == 0):
+        weight, bias = weight[0], None if bias is None else bias[0]
+    elif count and groups.counts == (count,) * groups.num_groups:
+        # Groups of one count are a dimension: no row of the weights is copied for each row of x.
+        wide = wide.view(groups.num_groups, count, shape[1])
+        weight, bias = weight[:, None], None if bias is None else bias[:, None]
+    else:
+        of_row = groups.group_of_row
+        weight, bias = weight[of_row], None if bias is None else bias[of_row]
     if bias is None:
-        return F.rms_norm(wide, size, None, eps).mul_(weight_rows).to(x.dtype)
-    return torch.addcmul(_rows(bias, groups).to(wide.dtype), F.layer_norm(wide, size, None, None, eps), weight_rows).to(x.dtype)
-
-
-def _rows(parameter: Tensor, groups: RowGroups) -> Tensor:
-    """The row of `parameter` for each row of x, or one that broadcasts."""
-    return parameter[:1] if parameter.stride(0) == 0 or parameter.shape[0] == 1 else parameter[groups.group_of_row]
+        normed = F.rms_norm(wide, size, None, eps).mul_(weight)
+    else:
+        normed = torch.addcmul(bias.to(wide.dtype), F.layer_norm(wide, size, None, None, eps), weight.to(wide.dtype))
+    return normed.reshape(shape).to(x.dtype)
 
 
 def grouped_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, groups: RowGroups) -> Tensor:

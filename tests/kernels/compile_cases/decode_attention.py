@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import triton
 from compile_only import Case
 
 from megaxelm_kernels import decode_attention_triton as kernels
+from megaxelm_kernels.decode_tiles import attention_tiles
 
 SHAPES = {
     "16x128": (16, 16, 128),
@@ -20,7 +23,7 @@ CONTEXT = 2048
 
 def _cases(name: str, dtype: str, rows: int, heads: int, kv_heads: int, head_dim: int) -> list[Case]:
     itemsize = 4 if dtype == "fp32" else 2
-    tile = kernels.launch(rows, kv_heads, heads // kv_heads, head_dim, CONTEXT, itemsize)
+    tile = attention_tiles(rows, kv_heads, heads // kv_heads, head_dim, CONTEXT, itemsize)
     label = f"{name} {dtype} {rows} rows, {tile.splits} splits"
     pointers = {key: f"*{dtype}" for key in ("q_ptr", "keys_ptr", "values_ptr", "out_ptr")}
     pointers |= {"slots_ptr": "*i64", "lengths_ptr": "*i64", "sums_ptr": "*fp32"}
@@ -28,7 +31,7 @@ def _cases(name: str, dtype: str, rows: int, heads: int, kv_heads: int, head_dim
         pointers["out_ptr"] = "*fp32"
     numbers = {key: "i32" for key in ("capacity", "longest", "window", "places_a_split", "q_row_stride", "q_head_stride")}
     constants = {"HEADS_A_KEY": heads // kv_heads, "SPLITS": tile.splits, "HEADS": tile.heads, "PLACES": tile.places, "HEAD_DIM": head_dim}
-    constants |= {"WIDTH": tile.head_dim, "UPCAST": False}
+    constants |= {"WIDTH": tile.width, "UPCAST": False}
     divisible = (*pointers, "capacity", "places_a_split", "q_row_stride", "q_head_stride")
     signature = pointers | numbers | {"scale": "fp32"}
     found = [Case(label, kernels.decode_attention_kernel, signature, constants, tile.warps, tile.stages, divisible)]
@@ -36,9 +39,18 @@ def _cases(name: str, dtype: str, rows: int, heads: int, kv_heads: int, head_dim
         signature = {"partial_ptr": "*fp32", "sums_ptr": "*fp32", "lengths_ptr": "*i64", "out_ptr": f"*{dtype}"}
         divisible = tuple(signature)
         signature |= {key: "i32" for key in ("longest", "window", "places_a_split")}
-        constants = {"SPLITS": tile.splits, "PADDED": triton.next_power_of_2(tile.splits), "HEAD_DIM": head_dim, "WIDTH": tile.head_dim}
+        constants = {"SPLITS": tile.splits, "PADDED": triton.next_power_of_2(tile.splits), "HEAD_DIM": head_dim, "WIDTH": tile.width}
         found.append(Case(f"{label}, joined", kernels.join_splits_kernel, signature, constants, 4, divisible=divisible))
     return found
+
+
+def _of_one_place() -> Case:
+    """Triton makes a constant of an argument that is 1: the bounds, the capacity, the strides."""
+    case = _cases("one place", "bf16", 4, 16, 16, 64)[0]
+    ones = ("longest", "window", "capacity", "q_head_stride")
+    signature = {key: kind for key, kind in case.signature.items() if key not in ones}
+    divisible = tuple(key for key in case.divisible if key not in ones)
+    return dataclasses.replace(case, signature=signature, divisible=divisible, constants=case.constants | dict.fromkeys(ones, 1))
 
 
 def _store(dtype: str, kv_heads: int, head_dim: int) -> Case:
@@ -51,3 +63,4 @@ def _store(dtype: str, kv_heads: int, head_dim: int) -> Case:
 SIZES = [(name, dtype, rows) for name in SHAPES for dtype in ("bf16", "fp32") for rows in (4, 256)]
 CASES = [case for name, dtype, rows in SIZES for case in _cases(name, dtype, rows, *SHAPES[name])]
 CASES += [_store(dtype, *shape) for dtype in ("bf16", "fp32") for shape in ((16, 128), (8, 64), (3, 80))]
+CASES.append(_of_one_place())

@@ -6,6 +6,7 @@ import triton
 from compile_only import Case
 
 from megaxelm_kernels import grouped_linear_triton as kernels
+from megaxelm_kernels.decode_tiles import linear_tiles
 
 SHAPES = {"qkv": (6144, 2048), "out": (2048, 2048), "up": (8192, 2048), "down": (2048, 8192)}
 INTEGERS = ("num_rows", "size_out", "size_in", "features_a_split")
@@ -13,7 +14,7 @@ INTEGERS = ("num_rows", "size_out", "size_in", "features_a_split")
 
 def _cases(name: str, dtype: str, num_rows: int, num_groups: int, size_out: int, size_in: int, shared: bool = False) -> list[Case]:
     itemsize = 4 if dtype == "fp32" else 2
-    tile = kernels.launch(num_rows, 1 if shared else num_groups, size_out, size_in, itemsize)
+    tile = linear_tiles(num_rows, 1 if shared else num_groups, size_out, size_in, itemsize)
     split = tile.splits > 1
     even = size_out % tile.outs == 0 and size_in % tile.features_a_split == 0
     strides = ("x_row_stride", "weight_group_stride", "bias_group_stride", "out_row_stride", "out_split_stride")
@@ -24,6 +25,10 @@ def _cases(name: str, dtype: str, num_rows: int, num_groups: int, size_out: int,
         signature["out_ptr"] = "*fp32"
     divisible = tuple(key for key in signature if key != "num_rows") if size_in % 16 == 0 else ("x_ptr", "weight_ptr", "out_ptr")
     constants = groups | {"HAS_BIAS": not split, "EVEN": even, "ROWS": tile.rows, "OUTS": tile.outs, "FEATURES": tile.features}
+    if num_rows == 1:  # Triton makes a constant of an argument that is 1
+        constants["num_rows"] = 1
+        signature.pop("num_rows")
+        divisible = tuple(key for key in divisible if key != "num_rows")
     label = f"{name} {dtype} {num_rows} rows of {num_groups} groups"
     found = [
         Case(
@@ -33,8 +38,9 @@ def _cases(name: str, dtype: str, num_rows: int, num_groups: int, size_out: int,
     ]  # fmt: skip
     if split:
         summed = {"partial_ptr": "*fp32", "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "offsets_ptr": "*i32"}
-        summed |= {key: "i32" for key in ("num_rows", "size_out", "bias_group_stride", "out_row_stride")}
+        summed |= {key: "i32" for key in ("num_rows", "size_out", "bias_group_stride", "out_row_stride") if key in signature}
         constants = groups | {"HAS_BIAS": True, "SPLITS": tile.splits, "BLOCK": kernels.SUM_BLOCK}
+        constants |= {} if "num_rows" in summed else {"num_rows": 1}
         found.append(Case(f"{label} sum", kernels.add_splits_kernel, summed, constants, 4, divisible=divisible_of(summed)))
     return found
 
