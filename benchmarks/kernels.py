@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-OPS = ("head_loss", "norms", "activations", "rotary", "attention", "decode_ops")
+OPS = ("head_loss", "norms", "activations", "rotary", "attention", "decode_ops", "mixture")
 COPY_RATE, BF16_RATE = 4.3e12, 790e12  # bytes/s and FLOP/s measured on one H200: what a floor is reckoned with
 
 Side = Callable[[dict[str, Any]], list[torch.Tensor]]

@@ -24,8 +24,6 @@ def _signed(value: int) -> int:
 GOLDEN = _signed(0x9E3779B97F4A7C15)
 MIX_1 = _signed(0xBF58476D1CE4E5B9)
 MIX_2 = _signed(0x94D049BB133111EB)
-EXPERT_DRAW = 0x6578706572742E31
-"""Sets the noise of experts apart from that of tokens."""
 LARGEST_X = 1.0 - 2.0**-24
 LARGEST_NOISE = 22.2
 """No noise is above this: -log(2^-32), rounded up."""
@@ -75,5 +73,5 @@ def vocabulary_noise(key: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 
 def expert_noise(key: Tensor, position: Tensor, expert_keys: Tensor) -> Tensor:
     """Noise for a draw among experts: [B, m] fp32 from `expert_keys` [B, m] int64, a number of each expert's name."""
-    numbers = stream_keys(key ^ EXPERT_DRAW, position)[:, None] ^ _mix(expert_keys + GOLDEN)
+    numbers = stream_keys(key, position)[:, None] ^ _mix(expert_keys + GOLDEN)
     return _noise(_mix(numbers + GOLDEN).to(torch.int32))

@@ -341,5 +341,5 @@ def _check(
         raise ValueError(f"combine = {combine!r}: choose {' or '.join(COMBINE)}")
     if kernels not in KERNELS:
         raise ValueError(f"kernels = {kernels!r}: choose {' or '.join(KERNELS)}")
-    if kernels == "triton" and hidden.device.type != "cuda":
+    if kernels == "triton":
         choose_kernels(kernels, hidden.device)

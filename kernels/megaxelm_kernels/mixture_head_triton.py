@@ -11,7 +11,6 @@ from . import gumbel
 _GOLDEN = tl.constexpr(gumbel.GOLDEN)
 _MIX_1 = tl.constexpr(gumbel.MIX_1)
 _MIX_2 = tl.constexpr(gumbel.MIX_2)
-_EXPERT_DRAW = tl.constexpr(gumbel.EXPERT_DRAW)
 _LARGEST_X = tl.constexpr(gumbel.LARGEST_X)
 
 
@@ -200,7 +199,7 @@ def draw_experts(
     """One program: the expert of each sequence by its weight and its noise, and the sequences sorted by it."""
     sequence = tl.arange(0, BATCH)
     there = sequence < batch
-    stream = stream_key(tl.load(keys + sequence, mask=there, other=0) ^ _EXPERT_DRAW, tl.load(positions + sequence, mask=there, other=0))
+    stream = stream_key(tl.load(keys + sequence, mask=there, other=0), tl.load(positions + sequence, mask=there, other=0))
     best = tl.full((BATCH,), float("-inf"), tl.float32)
     chosen = tl.zeros((BATCH,), tl.int32)
     row = tl.zeros((BATCH,), tl.int64)

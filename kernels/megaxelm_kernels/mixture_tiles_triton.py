@@ -67,8 +67,8 @@ def mix_tiles(
     keys,  # [B] int64
     positions,
     scores,  # with WRITE: [B, vocab] fp32
-    best,  # without: [B, tiles] fp32 and int32
-    best_token,
+    best,  # [B, tiles] fp32
+    best_token,  # without WRITE: [B, tiles] int32
     mean_max,  # with MEAN: [B, tiles] fp32 of the mean logits
     mean_sum,
     logits_stride,
@@ -132,6 +132,7 @@ def mix_tiles(
         z = z / warm
     if WRITE:
         tl.store(scores + sequence * vocab_size + token, z, mask=inside)
+        tl.store(best + place, tl.max(z, axis=0))
     else:
         if NOISE:
             stream = stream_key(tl.load(keys + sequence), tl.load(positions + sequence))
@@ -143,33 +144,30 @@ def mix_tiles(
 
 @triton.jit
 def finish(
-    best,  # [B, tiles] fp32
-    best_token,  # [B, tiles] int32
-    mean_max,
+    best,  # [B, bests] fp32
+    best_token,  # [B, bests] int32
+    mean_max,  # with MEAN: [B, tiles] fp32
     mean_sum,
     logits,
     log_w,
     rows,
     lse,  # [R] fp32, not tempered
-    token_out,  # [B] int64; with GIVEN the tokens
+    token_out,  # [B] int64
     logprob_out,  # [B] fp32
     expert_out,  # [B, m] fp32
+    num_best,
     num_tiles,
     logits_stride,
     vocab_size,
     m,
     MEAN: tl.constexpr,
-    GIVEN: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
-    if GIVEN:
-        token = tl.load(token_out + sequence)
-    else:
-        _, chosen = first_of_best(best + sequence * num_tiles, best_token + sequence * num_tiles, num_tiles, vocab_size, SCAN)
-        # Nothing was above -inf or a number: some token, and its log-probability tells.
-        token = tl.minimum(chosen, vocab_size - 1).to(tl.int64)
-        tl.store(token_out + sequence, token)
+    _, chosen = first_of_best(best + sequence * num_best, best_token + sequence * num_best, num_best, vocab_size, SCAN)
+    # Where nothing was a number above -inf: some token, and its log-probability tells.
+    token = tl.minimum(chosen, vocab_size - 1).to(tl.int64)
+    tl.store(token_out + sequence, token)
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)

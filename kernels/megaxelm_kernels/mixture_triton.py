@@ -24,7 +24,8 @@ from .backend import interpreted
 from .mixture_head_triton import draw_experts, finish_draw, head_product, row_sums
 from .mixture_tiles_triton import finish, mix_tiles, tempered_sums
 from .row_groups import RowGroups
-from .token_choice import Sampling, draw
+from .token_choice import Sampling
+from .token_filter_triton import draw_filtered
 
 BLOCK_V = 128  # tokens of a tile of the head product
 MIX_TILES = 8  # tiles of the head product that a program of `mix_tiles` takes
@@ -99,11 +100,10 @@ def _check(hidden: Tensor, heads: Tensor) -> None:
 @dataclass(frozen=True)
 class _Mixed:
     scores: Tensor | None
-    best: Tensor | None
+    best: Tensor
     best_token: Tensor | None
     mean_max: Tensor | None
     mean_sum: Tensor | None
-    tiles: int
 
 
 def _mix(
@@ -115,7 +115,7 @@ def _mix(
     empty = log_w.new_empty
     tempered = sampling is not None and not sampling.greedy
     scores = empty(batch, vocab) if write else None
-    best, best_token = (None, None) if write else (empty(batch, tiles), empty(batch, tiles, dtype=torch.int32))
+    best, best_token = empty(batch, tiles), None if write else empty(batch, tiles, dtype=torch.int32)
     mean_max, mean_sum = (empty(batch, tiles), empty(batch, tiles)) if mean else (None, None)
     lse = rows_of.lse
     if batch:
@@ -131,7 +131,7 @@ def _mix(
             MEAN=mean, SKIP=not (tempered or write or mean), NOISE=tempered and not write, TEMPERED=tempered, ON_EXPERTS=on_experts,
             WRITE=write, TILES=MIX_TILES, BLOCK=BLOCK_V * MIX_TILES, num_warps=4,
         )  # fmt: skip
-    return _Mixed(scores, best, best_token, mean_max, mean_sum, tiles)
+    return _Mixed(scores, best, best_token, mean_max, mean_sum)
 
 
 def next_token(
@@ -145,13 +145,16 @@ def next_token(
     with torch.cuda.device_of(hidden):
         rows_of = _head(hidden, heads, groups, vocab_size)
         mixed = _mix(rows_of, rows, log_w, sampling, mean=mean, on_experts=on_experts, write=filtered)
-        token = torch.empty_like(sampling.key) if mixed.scores is None else draw(mixed.scores, sampling)
+        token = torch.empty_like(sampling.key)
         logprob, expert_logprob = log_w.new_empty(batch), log_w.new_empty(batch, m)
         if batch:
+            best, best_token = mixed.best, mixed.best_token
+            if mixed.scores is not None:
+                best, best_token = draw_filtered(mixed.scores, best, sampling, BLOCK_V * MIX_TILES)
             finish[(batch,)](
-                mixed.best, mixed.best_token, mixed.mean_max, mixed.mean_sum, rows_of.logits, log_w, rows, rows_of.lse,
-                token, logprob, expert_logprob, mixed.tiles, rows_of.logits.stride(0), vocab_size, m,
-                MEAN=mean, GIVEN=filtered, SCAN=SCAN, num_warps=4,
+                best, best_token, mixed.mean_max, mixed.mean_sum, rows_of.logits, log_w, rows, rows_of.lse,
+                token, logprob, expert_logprob, best.shape[1], mixed.best.shape[1], rows_of.logits.stride(0), vocab_size, m,
+                MEAN=mean, SCAN=SCAN, num_warps=4,
             )  # fmt: skip
     return token, logprob, expert_logprob
 

@@ -204,6 +204,20 @@ def test_the_token_and_its_log_probabilities(way: str, temperature_on: str, comb
         assert torch.equal(choose_tokens(logprobs, drawn), out.token)
 
 
+@BOTH
+@pytest.mark.parametrize("filtered", [False, True])
+def test_sequences_of_one_batch_are_chosen_each_in_its_own_way(filtered: bool, kernels: str) -> None:
+    given, ways = usual(), [{"temperature": 0.0}, {}, {"temperature": 0.4}, {"temperature": 9.0}, {"temperature": 0.0}]
+    if filtered:
+        ways[3]["top_k"], ways[2]["top_p"] = 3, 0.5
+    alone = [sampling(5, **way) for way in ways]  # type: ignore[arg-type]
+    names = ("temperature", "top_k", "top_p", "min_p")
+    mixed = {name: torch.stack([getattr(one, name)[row] for row, one in enumerate(alone)]) for name in names}
+    out = mixture_next_token(*given, replace(sampling(5), **mixed, filtered=filtered), vocab_size=given.vocab, kernels=kernels)
+    logprobs, _ = mixture_logprobs(*given, vocab_size=given.vocab)
+    assert out.token.tolist() == [int(choose_tokens(logprobs, one)[row]) for row, one in enumerate(alone)]
+
+
 def mixture_allowed(scores: Tensor, drawn: Sampling) -> Tensor:
     from megaxelm_kernels.token_choice import allowed_tokens
 

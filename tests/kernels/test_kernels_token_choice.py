@@ -105,7 +105,7 @@ def test_a_token_is_the_arg_max_of_tempered_scores_and_noise_over_what_is_left()
 
 
 def test_a_batch_mixes_greedy_drawn_and_filtered_sequences() -> None:
-    logp = logprobs(4, 500)
+    logp = logprobs(4, 500, spread=0.3)
     alone = [sampling(4, 0.0), sampling(4), sampling(4, 1.3, 20), sampling(4, 0.5, 0, 0.6, 0.01)]
     names = ("temperature", "top_k", "top_p", "min_p")
     mixed = {name: torch.stack([getattr(one, name)[row] for row, one in enumerate(alone)]) for name in names}

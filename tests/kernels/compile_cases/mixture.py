@@ -7,16 +7,17 @@ from compile_only import Case
 
 from megaxelm_kernels import mixture_head_triton as head
 from megaxelm_kernels import mixture_tiles_triton as tiles
+from megaxelm_kernels import token_filter_triton as filters
 from megaxelm_kernels.mixture_triton import BLOCK_V, MIX_TILES, SCAN, head_launch
 
 TYPES = {
     "rows": "*i64", "keys": "*i64", "positions": "*i64", "source": "*i64", "order": "*i64", "expert_keys": "*i64", "slot_out": "*i64",
     "order_out": "*i64", "source_out": "*i64", "token_out": "*i64", "offsets": "*i32", "offsets_in": "*i32", "offsets_out": "*i32",
-    "best_token": "*i32", "tile_token": "*i32",
+    "best_token": "*i32", "tile_token": "*i32", "top_k": "*i64", "found_in": "*i64", "found_out": "*i64", "bound": "*i64", "cut": "*i64",
+    "cut_out": "*i64",
 }  # fmt: skip
-NUMBERS = (
-    "num_rows vocab_size size hidden_stride group_stride head_stride logits_stride num_tiles num_head_tiles m batch num_groups".split()
-)
+NUMBERS = """num_rows vocab_size size hidden_stride group_stride head_stride logits_stride num_tiles num_head_tiles m batch num_groups
+    num_best blocks""".split()
 
 
 def case(
@@ -57,7 +58,7 @@ def mixing(name: str, *absent: str, **flags: bool) -> Case:
 
 
 MEANS = ("mean_max", "mean_sum")
-BEST = ("best", "best_token")
+SIZES = {"BLOCKS": filters.BLOCKS, "BLOCK": BLOCK_V * MIX_TILES, "MANY_BLOCKS": 256, "MANY_PROGRAMS": 32}
 CASES = [
     *(product(rows, "bf16") for rows in (1, 8, 64)),
     *(product(rows, "bf16", shared=True) for rows in (4, 32, 128, 256)),
@@ -71,14 +72,21 @@ CASES = [
     mixing("sample", "scores", *MEANS, NOISE=True, TEMPERED=True),
     mixing("sample of tempered experts", "scores", *MEANS, NOISE=True, TEMPERED=True, ON_EXPERTS=True),
     mixing("sample of mean logits", "scores", MEAN=True, NOISE=True, TEMPERED=True),
-    mixing("log-probabilities", "temperature", "keys", "positions", *BEST, *MEANS, WRITE=True),
-    mixing("mean logits", "temperature", "keys", "positions", *BEST, WRITE=True, MEAN=True),
+    mixing("log-probabilities", "temperature", "keys", "positions", "best_token", *MEANS, WRITE=True),
+    mixing("mean logits", "temperature", "keys", "positions", "best_token", WRITE=True, MEAN=True),
     case("sums of tempered logits", tiles.tempered_sums, {"BLOCK": 4096}, num_warps=8),
-    case("token", tiles.finish, {"MEAN": False, "GIVEN": False, "SCAN": SCAN, "mean_max": None, "mean_sum": None}),
-    case("token of mean logits", tiles.finish, {"MEAN": True, "GIVEN": False, "SCAN": SCAN}),
+    case("token", tiles.finish, {"MEAN": False, "SCAN": SCAN, "mean_max": None, "mean_sum": None}),
+    case("token of mean logits", tiles.finish, {"MEAN": True, "SCAN": SCAN}),
     *(
         case(f"draw of {batch} experts", head.draw_experts, {"SHARED": False, "BATCH": batch, "GROUPS": triton.next_power_of_2(5)})
         for batch in (64, 1024)
     ),
     case("drawn token", head.finish_draw, {"BLOCK_V": BLOCK_V, "SCAN": SCAN}),
+    *(
+        case(f"{'probability' if mass else 'count'}, pass {number}", filters.count_pass, SIZES | {"MASS": mass, "PASS": number})
+        for mass in (False, True)
+        for number in (0, 1, 2, 7)
+    ),
+    case("tokens equal to the cut", filters.tie_pass, SIZES),
+    case("draw from what is left", filters.draw_pass, {key: SIZES[key] for key in SIZES if key != "MANY_BLOCKS"}),
 ]
