@@ -16,12 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 import megaxelm.ensemble.huggingface_cache as huggingface_cache
 from megaxelm.auto_classes import register_with_transformers
+from megaxelm.cluster.space import TfidfSpace
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.generation import generate
 from megaxelm.ensemble.huggingface import XelmForCausalLM
-from megaxelm.ensemble.routers import NO_TOKEN
+from megaxelm.ensemble.routers import NO_TOKEN, Request
 from megaxelm.ensemble.scoring import score_documents
 from megaxelm.errors import RoutingError
+from megaxelm.recipe import TfidfConfig
 
 PROMPTS = ["the cat", "кот сидел", "a"]
 LANGUAGES = ["en", "ru", "en"]
@@ -60,8 +62,6 @@ def plain_logprobs(model: XelmForCausalLM, ids: list[int], router_name: str, top
         [decoder.logits(decoder(tokens, torch.arange(len(ids)), bounds)).double().log_softmax(-1) for decoder in model.experts], 1
     )
     router = model.ensemble.router(router_name)
-    from megaxelm.ensemble.routers import Request
-
     state = router.start([Request((), language)])
     found = []
     for position in range(len(ids)):
@@ -97,7 +97,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 print(type(model).__name__, model.router.name, "AfterImport" in str(sys.meta_path))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180)
     assert done.stdout.split() == ["XelmForCausalLM", "posterior", "False"], done.stderr
 
 
@@ -261,9 +261,6 @@ def test_a_text_in_pieces_of_any_size_gives_the_same(model: XelmForCausalLM, bat
 def test_states_that_refer_to_the_tokenizer_are_copied_without_it(tmp_path: Path) -> None:
     """A router that reads text keeps the tokenizer's decoder in its state."""
     model = AutoModelForCausalLM.from_pretrained(write_byte_ensemble(tmp_path))
-    from megaxelm.cluster.space import TfidfSpace
-    from megaxelm.recipe import TfidfConfig
-
     texts = ["the cat", "a dog", "кот"]
     space = TfidfSpace.fit(texts, TfidfConfig(analyzer="char", dimensions=2), 0, model.ensemble.tokenizer)
     centres = torch.from_numpy(space.transform(texts))
