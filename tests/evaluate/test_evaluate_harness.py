@@ -89,19 +89,14 @@ def test_a_continuation_is_the_end_of_its_document_to_the_bit(ensemble: Ensemble
 
 @pytest.mark.parametrize("router", ["uniform", "posterior", "tfidf"])
 def test_a_context_that_is_too_long_is_cut_on_the_left(router: str, ensemble: Ensemble) -> None:
+    """Three times the same expert: whatever the router, the mixture is that expert after the last 64 tokens."""
+    decoder = ensemble.decoder(1)
     context, continuation = (ensemble.tokenizer.encode([text])[0] for text in (CONTEXT * 4, "a dog"))
     document = [*context, *continuation]
-    (found,) = score_continuations(ensemble.decoders, [Pair(context, continuation)], 1, ensemble.router(router))
-    cut = torch.tensor(document[-65:-1])
-    own = []
-    for number in range(3):
-        decoder = ensemble.decoder(number)
-        own.append(decoder.score(cut, torch.arange(64), torch.tensor([0, 64]), torch.tensor(document[-64:])).target_logprob[-5:].double())
-    if router == "uniform":
-        expected = torch.stack(own).logsumexp(0) - torch.log(torch.tensor(3.0))
-        assert found.log_likelihood == pytest.approx(float(expected.sum()), abs=1e-4)
-    else:
-        assert float(torch.stack(own).sum(1).min()) < found.log_likelihood < float(torch.stack(own).amax(0).sum())
+    (found,) = score_continuations([lambda: decoder] * 3, [Pair(context, continuation)], 1, ensemble.router(router))
+    read = torch.tensor(document[-65:-1])
+    alone = decoder.score(read, torch.arange(64), torch.tensor([0, 64]), torch.tensor(document[-64:])).target_logprob
+    assert found.log_likelihood == pytest.approx(float(alone[-5:].double().sum()), abs=1e-4)
 
 
 def test_experts_without_weight_do_not_run(ensemble: Ensemble) -> None:
