@@ -28,11 +28,11 @@ def score(
     min_context: Annotated[
         int | None, typer.Option(help="Tokens that each token of a long text has before it in its window. Default: half of it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: `total` and `texts`.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: `total`, `texts`, `settings`.")] = False,
 ) -> None:
     """Log-likelihood, perplexity and bits per byte of texts under the mixture; texts of any length are read in windows."""
     from megaxelm.ensemble.folder import load_ensemble
-    from megaxelm.ensemble.text_scores import Text, default_device, read_texts, score_texts, total_score
+    from megaxelm.ensemble.text_scores import Text, default_device, read_texts, score_texts, scoring_settings, total_score
     from megaxelm.ensemble.windows import Windows
 
     texts = [Text(given, language, f"--text {number}") for number, given in enumerate(text or [], start=1)]
@@ -45,11 +45,21 @@ def score(
         texts += read_texts(path, language)
     if not any(given.text for given in texts):
         raise RoutingError("nothing to score: give --text or --file with some text")
-    ensemble = load_ensemble(run if (run / "config.json").exists() else run / "ensemble", device=default_device())
-    scores = score_texts(ensemble, texts, router, top_m, expert, combine, Windows(window, min_context), progress=True)
+    device = default_device()
+    ensemble = load_ensemble(run if (run / "config.json").exists() else run / "ensemble", device=device)
+    windows = Windows(window, min_context)
+    settings = scoring_settings(ensemble, router, top_m, expert, combine, windows) | {"dtype": "float32", "device": str(device)}
+    who = f"expert {expert}" if expert else f"router {settings['router']}, {settings['top_m']} of {len(ensemble.experts)} experts"
+    print(
+        f"score: {who}, {settings['combine']}, float32 on {device}; windows of {settings['window']}, context at least "
+        f"{settings['min_context']}",
+        file=sys.stderr,
+    )
+    scores = score_texts(ensemble, texts, router, top_m, expert, combine, windows, progress=True)
     total = total_score(scores)
     if as_json:
-        print(json.dumps({"total": total.to_json(), "texts": [each.to_json() for each in scores]}, ensure_ascii=False))
+        shown = {"total": total.to_json(), "texts": [each.to_json() for each in scores], "settings": settings}
+        print(json.dumps(shown, ensure_ascii=False))
         return
     print(f"{'tokens':>9} {'bytes':>10} {'nats':>13} {'perplexity':>12} {'bits/byte':>10}  text")
     for each in [*scores, total] if len(scores) > 1 else scores:

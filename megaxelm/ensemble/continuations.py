@@ -7,6 +7,7 @@ of the context where the router learns from the experts' predictions. The arg ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -63,106 +64,81 @@ def score_continuations(
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index].context) - len(pairs[index].continuation))
     for begin in range(0, len(order), batch_size):
         group = order[begin : begin + batch_size]
-        scores = _score_group(
-            decoders, [pairs[index] for index in group], start_id, router, top_m, combine, token_budget, windows or Windows()
-        )
-        for index, score in zip(group, scores, strict=True):
+        read = _Group([pairs[index] for index in group], start_id, router, top_m, token_budget, windows or Windows())
+        for index, score in zip(group, read.scores(decoders, combine), strict=True):
             found[index] = score
         if on_pairs:
             on_pairs(len(group))
     return [score for score in found if score is not None]
 
 
-def _score_group(
-    decoders: Sequence[Callable[[], Decoder]],
-    pairs: Sequence[Pair],
-    start_id: int,
-    router: Router,
-    top_m: int | None,
-    combine: str,
-    token_budget: int | None,
-    windows: Windows,
-) -> Iterator[ContinuationScore]:
-    documents = [[*pair.context, *pair.continuation] for pair in pairs]
-    firsts = [len(pair.context) for pair in pairs]
-    requests = [Request((), pair.language) for pair in pairs]
-    learns = router.needs_expert_logprobs
-    weights = None
-    if not learns:
-        weights = [_weights(router, requests[n], documents[n], firsts[n], top_m) for n in range(len(pairs))]
-    streams = [torch.full((len(decoders), len(ids)), torch.nan) for ids in documents]
-    hidden = [
-        _read(decoder, expert, documents, firsts, start_id, learns, weights, streams, token_budget, windows)
-        for expert, decoder in enumerate(decoders)
-    ]
-    if weights is None:
-        weights = [_weights(router, requests[n], documents[n], firsts[n], top_m, streams[n]) for n in range(len(pairs))]
-    labels = torch.tensor([token for pair in pairs for token in pair.continuation], dtype=torch.int64)
-    rows = combine_rows(decoders, hidden, torch.cat(weights), labels, combine)
-    counts = [len(pair.continuation) for pair in pairs]
-    greedy = (rows.best == labels).split(counts)
-    logprobs = rows.logprob.split(counts)
-    for number, first in enumerate(firsts):
-        # With the mixture, exactly the numbers of `score_documents`: of each expert one stream, added up in fp64.
-        logprob = mix_streams(streams[number][:, first:], weights[number]) if combine == "mixture" else logprobs[number]
-        yield ContinuationScore(float(logprob.sum()), bool(greedy[number].all()))
+class _Group:
+    """Pairs that are scored together: their texts, and what the experts make of them."""
 
+    def __init__(
+        self, pairs: Sequence[Pair], start_id: int, router: Router, top_m: int | None, token_budget: int | None, windows: Windows
+    ) -> None:
+        self.start_id, self.router, self.top_m, self.token_budget, self.windows = start_id, router, top_m, token_budget, windows
+        self.documents = [[*pair.context, *pair.continuation] for pair in pairs]
+        self.firsts = [len(pair.context) for pair in pairs]
+        self.languages = [pair.language for pair in pairs]
 
-def _weights(router: Router, request: Request, ids: Sequence[int], first: int, top_m: int | None, stream: Tensor | None = None) -> Tensor:
-    """Log weights [continuation, experts] before each token of the continuation, which follows `first` tokens of context."""
-    return weights_along(router, request, ids if first < len(ids) else [], top_m, stream)[first:]
+    def scores(self, decoders: Sequence[Callable[[], Decoder]], combine: str) -> Iterator[ContinuationScore]:
+        """Let the experts read, one after the other, and score the pairs in their order."""
+        streams = [torch.full((len(decoders), len(ids)), torch.nan) for ids in self.documents]
+        weights = None if self.router.needs_expert_logprobs else self._weights([None] * len(streams))
+        hidden = [self._read(decoder, expert, weights, streams) for expert, decoder in enumerate(decoders)]
+        weights = weights or self._weights(streams)
+        tails = [ids[first:] for ids, first in zip(self.documents, self.firsts, strict=True)]
+        labels = torch.tensor([token for tail in tails for token in tail], dtype=torch.int64)
+        counts = [len(tail) for tail in tails]
+        rows = combine_rows(decoders, hidden, torch.cat(weights), labels, combine)
+        greedy, logprobs = (rows.best == labels).split(counts), rows.logprob.split(counts)
+        for number, first in enumerate(self.firsts):
+            # With the mixture, exactly the numbers of `score_documents`: of each expert one stream, added up in fp64.
+            logprob = mix_streams(streams[number][:, first:], weights[number]) if combine == "mixture" else logprobs[number]
+            yield ContinuationScore(float(logprob.sum()), bool(greedy[number].all()))
 
+    def _weights(self, streams: Sequence[Tensor | None]) -> list[Tensor]:
+        """Log weights [continuation, experts] of each pair before each token of its continuation."""
+        return [
+            weights_along(self.router, Request((), language), ids if first < len(ids) else [], self.top_m, stream)[first:]
+            for language, ids, first, stream in zip(self.languages, self.documents, self.firsts, streams, strict=True)
+        ]
 
-def _read(
-    load: Callable[[], Decoder],
-    expert: int,
-    documents: Sequence[Sequence[int]],
-    firsts: Sequence[int],
-    start_id: int,
-    learns: bool,
-    weights: Sequence[Tensor] | None,
-    streams: Sequence[Tensor],
-    token_budget: int | None,
-    windows: Windows,
-) -> Tensor | None:
-    """Let one expert read the documents where it has weight: fills its row of `streams`, gives the hidden states of all continuations."""
-    heard = [
-        len(ids) > first and (weights is None or bool((weights[number][:, expert] > -torch.inf).any()))
-        for number, (ids, first) in enumerate(zip(documents, firsts, strict=True))
-    ]
-    if not any(heard):
-        return None
-    decoder = load()
-    positions = decoder.config.max_positions
-    starts = [0]
-    for ids, first in zip(documents, firsts, strict=True):
-        starts.append(starts[-1] + len(ids) - first)
-    states = torch.zeros(starts[-1], decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
-    jobs = [
-        Job(number, window)
-        for number, (ids, first) in enumerate(zip(documents, firsts, strict=True))
-        if heard[number]
-        for window in _cut(len(ids), first, learns, windows, positions)
-    ]
-    for batch in batches([job.window.length for job in jobs], token_budget_of(token_budget, decoder.device)):
-        now = [jobs[index] for index in batch]
-        rows = rows_hidden(decoder, documents, now, start_id)
-        labels = torch.tensor([token for number, window in now for token in documents[number][window.first : window.end]])
-        logprobs = decoder.score_hidden(rows, labels.to(decoder.device)).target_logprob.cpu()
-        refuse_broken(logprobs, expert)
-        counts = [window.end - window.first for _, window in now]
-        for (number, window), row, logprob in zip(now, rows.split(counts), logprobs.split(counts), strict=True):
-            streams[number][expert, window.first : window.end] = logprob
-            skipped = max(0, firsts[number] - window.first)  # of the context
-            place = starts[number] + window.first + skipped - firsts[number]
-            states[place : place + len(row[skipped:])] = row[skipped:]
-    return states
+    def _read(self, load: Callable[[], Decoder], expert: int, weights: Sequence[Tensor] | None, streams: Sequence[Tensor]) -> Tensor | None:
+        """Let one expert read the pairs where it has weight: fills its row of `streams`, gives hidden states of all continuations."""
+        heard = [
+            len(ids) > first and (weights is None or bool((weights[number][:, expert] > -torch.inf).any()))
+            for number, (ids, first) in enumerate(zip(self.documents, self.firsts, strict=True))
+        ]
+        if not any(heard):
+            return None
+        decoder = load()
+        lengths = [len(ids) - first for ids, first in zip(self.documents, self.firsts, strict=True)]
+        starts = [0, *accumulate(lengths)]
+        states = torch.zeros(starts[-1], decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        positions = decoder.config.max_positions
+        jobs = [Job(number, window) for number, is_heard in enumerate(heard) if is_heard for window in self._cut(number, positions)]
+        for batch in batches([job.window.length for job in jobs], token_budget_of(self.token_budget, decoder.device)):
+            now = [jobs[index] for index in batch]
+            rows = rows_hidden(decoder, self.documents, now, self.start_id)
+            labels = torch.tensor([token for number, window in now for token in self.documents[number][window.first : window.end]])
+            logprobs = decoder.score_hidden(rows, labels.to(decoder.device)).target_logprob.cpu()
+            refuse_broken(logprobs, expert)
+            counts = [window.end - window.first for _, window in now]
+            for (number, window), row, logprob in zip(now, rows.split(counts), logprobs.split(counts), strict=True):
+                streams[number][expert, window.first : window.end] = logprob
+                tail = row[max(0, self.firsts[number] - window.first) :]  # without the rows of the context
+                place = starts[number] + max(window.first, self.firsts[number]) - self.firsts[number]
+                states[place : place + len(tail)] = tail
+        return states
 
-
-def _cut(length: int, first: int, learns: bool, windows: Windows, positions: int) -> list[Window]:
-    if not learns:
-        return windows.cut(length, positions, first)
-    if length <= windows.resolve(positions)[0]:
-        return windows.cut(length, positions)
-    # The continuation is read as it would be without the router's need of the context.
-    return [*windows.cut(first, positions), *windows.cut(length, positions, first)]
+    def _cut(self, number: int, positions: int) -> list[Window]:
+        length, first = len(self.documents[number]), self.firsts[number]
+        if not self.router.needs_expert_logprobs:
+            return self.windows.cut(length, positions, first)
+        if length <= self.windows.resolve(positions)[0]:
+            return self.windows.cut(length, positions)
+        # The continuation is read as it would be without the router's need of the context.
+        return [*self.windows.cut(first, positions), *self.windows.cut(length, positions, first)]

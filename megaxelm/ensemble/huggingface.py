@@ -27,7 +27,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megaxelm.ensemble.choice import choose_combine, choose_router
-from megaxelm.ensemble.folder import Ensemble, EnsembleSettings, load_ensemble, save_ensemble
+from megaxelm.ensemble.folder import Ensemble, load_ensemble, save_ensemble
 from megaxelm.ensemble.huggingface_cache import RouterRows, XelmCache
 from megaxelm.ensemble.huggingface_config import XelmConfig
 from megaxelm.ensemble.routers import NO_TOKEN
@@ -48,7 +48,7 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = XelmConfig
-    base_model_prefix = "experts"
+    base_model_prefix = ""
     main_input_name = "input_ids"
 
     def __init__(self, config: XelmConfig, ensemble: Ensemble | None = None) -> None:
@@ -272,7 +272,8 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
         out, ensemble = Path(save_directory), self.ensemble
         out.mkdir(parents=True, exist_ok=True)
         data = replace(ensemble.data, **self._overrides) if self._overrides else ensemble.data
-        settings = EnsembleSettings(self.router.name, None if self.top_m == len(ensemble.experts) else self.top_m, self.combine)
+        top_m = None if self.top_m == len(ensemble.experts) else self.top_m
+        settings = replace(ensemble.settings, router=self.router.name, top_m=top_m, combine=self.combine)
         # On the same disk, so that the files are linked and not copied.
         with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as aside:
             exports = {name: Path(aside) / name for name in ensemble.experts}

@@ -42,6 +42,8 @@ class RouterRows:
         Args:
             tokens: `NO_TOKEN` for a start token. logprobs: [tokens, experts], for a router that learns from them.
         """
+        if not tokens:
+            return torch.empty(0, self.router.num_experts, dtype=torch.float64)
         told = 0
         if self.is_fresh[row] and not self.router.needs_expert_logprobs:
             # A prompt is read in one go.

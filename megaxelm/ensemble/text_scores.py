@@ -120,6 +120,32 @@ def score_texts(
     return scores
 
 
+def scoring_settings(
+    ensemble: Ensemble,
+    router: str | None = None,
+    top_m: int | None = None,
+    expert: str | None = None,
+    combine: str | None = None,
+    windows: Windows | None = None,
+) -> dict[str, Any]:
+    """What `score_texts` will take for these arguments, to be printed and kept with the scores.
+
+    Raises:
+        RoutingError: as `score_texts`.
+    """
+    chosen, top_m = choose_router(ensemble, router, top_m, expert)
+    windows = windows or Windows()
+    return {
+        "experts": ensemble.experts,
+        "router": None if expert else chosen.name,
+        "expert": expert,
+        "top_m": top_m,
+        "combine": choose_combine(ensemble, combine),
+        "window": windows.size or "the experts' positions",
+        "min_context": windows.min_context or "half of the window",
+    }
+
+
 def total_score(scores: Iterable[TextScore]) -> TextScore:
     """All texts as one: sums of nats, tokens and bytes; weights over all tokens."""
     scores = list(scores)

@@ -216,6 +216,9 @@ def run_tasks(
     if include_path is not None and not Path(include_path).is_dir():
         raise StageError(f"--include_path {include_path}: no such folder; it holds the YAML files of further tasks")
     model = XelmLM(ensemble, **options)
+    about = model.get_model_info()
+    who = f"expert {model.expert}" if model.expert else f"router {about['router']}, {model.top_m} of {len(ensemble.experts)} experts"
+    print(f"xelm: {who}, {model.combine}, batches of {model.batch_size}", file=sys.stderr)
     manager = _task_manager(tasks, include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_ensemble import write_byte_tokenizer
 from ranks import run_ranks
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders as backend_decoders
-from tokenizers import models
 
-from megaxelm.cli.models import generate as generate_command
+from megaxelm.cli.generate import generate as generate_command
 from megaxelm.cluster.space import TfidfSpace
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.ensemble.folder import Ensemble, EnsembleSettings, load_ensemble, save_ensemble
@@ -28,31 +26,6 @@ from megaxelm.recipe import TfidfConfig
 
 ROUTERS = ["language", "tfidf", "posterior", "uniform", "fixed"]
 TEXTS = ["the cat sat on the mat", "a dog ran in a park", "кот сидел на ковре", "собака бежала в парке"]
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    """A real tokenizer folder of 260 pieces: four special ones and the bytes."""
-    folder.mkdir(parents=True)
-    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), *((f"<0x{byte:02X}>", -5.0) for byte in range(256))]
-    backend = Backend(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
-    backend.decoder = backend_decoders.Sequence([backend_decoders.ByteFallback(), backend_decoders.Fuse()])
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    import xxhash
-
-    fingerprint = xxhash.xxh3_128_hexdigest((folder / "tokenizer.json").read_bytes())
-    settings = {
-        "begin_of_document": True,
-        "bos_id": 1,
-        "eos_id": 2,
-        "vocab_size": 260,
-        "fingerprint": fingerprint,
-        "trained": False,
-        "name": "bytes",
-    }
-    (folder / "megaxelm_tokenizer.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders as backend_decoders
-from tokenizers import models
+from byte_ensemble import write_byte_tokenizer
 
 from megaxelm.cluster.language import LanguagePartitioner
 from megaxelm.cluster.partitioner import Partitioner
@@ -30,29 +27,6 @@ SENTENCES = {
     "ja": ["猫が敷物に座った。", "犬が公園を走った。", "一日中雨が降った。", "良い本を読んだ。"],
     "ru": ["кот сидел на ковре", "собака бежала в парке", "весь день шёл дождь", "мы читали хорошую книгу"],
 }
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    """A real tokenizer folder of 260 pieces: four special ones and the bytes."""
-    folder.mkdir(parents=True)
-    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), *((f"<0x{byte:02X}>", -5.0) for byte in range(256))]
-    backend = Backend(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
-    backend.decoder = backend_decoders.Sequence([backend_decoders.ByteFallback(), backend_decoders.Fuse()])
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    fingerprint = xxhash.xxh3_128_hexdigest((folder / "tokenizer.json").read_bytes())
-    settings = {
-        "begin_of_document": True,
-        "bos_id": 1,
-        "eos_id": 2,
-        "vocab_size": 260,
-        "fingerprint": fingerprint,
-        "trained": False,
-        "name": "bytes",
-    }
-    (folder / "megaxelm_tokenizer.json").write_text(json.dumps(settings))
 
 
 def write_model(seed: int, folder: Path) -> None:

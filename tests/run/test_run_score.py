@@ -27,7 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_texts_and_files_in_one_table(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_text('{"text": "a dog ran", "language": "en"}\n' * 2)
     code, out, errors = command(capsys, "score", run, "--text", "the cat " * 20, "--file", tmp_path / "f.jsonl", "--router", "uniform")
-    assert code == 0 and "score" in errors and "mean weights: e0 0.33, e1 0.33, e2 0.33" in errors
+    assert "score: router uniform, 3 of 3 experts, mixture, float32 on " in errors
+    assert code == 0 and "mean weights: e0 0.33, e1 0.33, e2 0.33" in errors
     names = [line.split("  ")[-1] for line in out.splitlines()]
     assert names == ["text", "--text 1", "f.jsonl:1", "f.jsonl:2", "total"]
     assert out.splitlines()[-1].split()[:2] == ["178", "178"]
@@ -40,6 +41,8 @@ def test_figures_as_json(capsys: pytest.CaptureFixture[str], run: Path, tmp_path
     assert found["texts"][0]["language"] == "ru" and found["texts"][0]["weights"] == {"e0": 0.0, "e1": 1.0, "e2": 0.0}
     alone = json.loads(command(capsys, "score", run, "--file", tmp_path / "f.txt", "--json", "--expert", "e1")[1])
     assert alone["total"] == found["total"] and found["total"]["tokens"] == len(("кот сидел на ковре " * 9).encode())
+    settings = {"router": "language", "top_m": 3, "combine": "mixture", "window": "the experts' positions"}
+    assert found["settings"].items() >= settings.items() and found["settings"]["min_context"] == "half of the window"
     narrow = json.loads(command(capsys, *arguments, "--window", "16", "--min-context", "4")[1])
     assert narrow["total"]["log_likelihood"] != found["total"]["log_likelihood"]
     product = json.loads(command(capsys, "score", run, "--text", "кот", "--json", "--router", "uniform", "--combine", "logit_mean")[1])
