@@ -37,7 +37,7 @@ def grouped_linear(
     """
     _check(x, weight, bias, groups, kernels, out)
     if out is None:
-        out = x.new_empty(x.shape[0], weight.shape[1])
+        out = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
     if not x.shape[0] or not weight.shape[1]:
         return out
     if kernels == "triton":

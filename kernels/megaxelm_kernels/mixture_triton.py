@@ -46,9 +46,9 @@ def head_launch(most_rows: int, itemsize: int, draws: bool = False) -> HeadLaunc
     """For groups of at most so many rows (more are right too, but read the weights again for each tile of rows)."""
     block_r = min(max(16, triton.next_power_of_2(most_rows)), 32 if draws else 128)
     if itemsize == 4:
-        return HeadLaunch(min(block_r, 64), 32, 8 if block_r > 32 else 4, 2)
+        return HeadLaunch(min(block_r, 16 if draws else 64), 32, 8, 2)
     # Few rows: what counts are the bytes of the weights on their way, here 64 KB a program.
-    return HeadLaunch(block_r, 64, 4 if block_r <= 32 else 8, 4 if block_r <= 64 else 3)
+    return HeadLaunch(block_r, 64, 8, 4 if block_r <= 64 else 3)
 
 
 @dataclass(frozen=True)

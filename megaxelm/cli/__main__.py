@@ -1,5 +1,6 @@
-"""`python -m megaxelm.cli`: the `megaxelm` command where its script is not on the PATH."""
+"""`python -m megaxelm.cli`: what the command `megaxelm` is."""
 
 from megaxelm.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

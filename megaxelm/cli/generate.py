@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megaxelm.cli.options import open_mixture
+from megaxelm.cli.options import (
+    DevicesOption,
+    PosteriorDecayOption,
+    PosteriorReadsOption,
+    RefreshOption,
+    RefreshTokensOption,
+    ResidentOption,
+    RouterOption,
+    open_mixture,
+    router_settings,
+    spread_over_devices,
+)
 from megaxelm.errors import RoutingError
 
 if TYPE_CHECKING:
@@ -29,10 +40,14 @@ _SHOW_SECONDS = 0.2
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or an ensemble folder that was moved.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. Repeatable.")] = None,
-    language: Annotated[str | None, typer.Option(help="Language of the prompts, for the language router.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the prompts, for the language router. Default: detected.")] = None,
     expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture.")] = None,
-    router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
+    router: RouterOption = None,
     top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,
+    refresh: RefreshOption = None,
+    refresh_tokens: RefreshTokensOption = None,
+    posterior_decay: PosteriorDecayOption = None,
+    posterior_reads: PosteriorReadsOption = None,
     combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
     draft: Annotated[
         str | None, typer.Option(help="An expert that proposes tokens, which the mixture verifies: the same distribution.")
@@ -53,21 +68,28 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Texts written at one time; the others wait.")] = 32,
+    devices: DevicesOption = None,
+    resident: ResidentOption = None,
 ) -> None:
     """Write on from prompts with the mixture of experts."""
     from megaxelm.ensemble.sampling import SamplingParams
 
+    if not spread_over_devices(run, devices, batch == _STANDARD):
+        output = _STANDARD
     _check(prompt, stop, stream, as_json, batch, output)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     items = _read(prompt, batch, language, sampling)
-    settings = {"router": router, "top_m": top_m, "combine": combine, "expert": expert, "draft": draft, "draft_tokens": draft_tokens}
-    ensemble, engine = open_mixture(run, dtype, device, max_batch=max_batch, **settings)
+    routing = router_settings(refresh, refresh_tokens, posterior_decay, posterior_reads)
+    settings = {"top_m": top_m, "combine": combine, "expert": expert, "draft": draft, "draft_tokens": draft_tokens, "resident": resident}
+    ensemble, engine = open_mixture(run, dtype, device, router=router, routing=routing, max_batch=max_batch, **settings)
     if batch is not None:
         _write_batch(engine, items, ensemble.experts, None if output == _STANDARD else output, weights)
     else:
         _write_prompts(engine, items, ensemble.experts, ensemble.tokenizer, stream, weights, as_json)
     if draft is not None:
         print(f"  [{engine.drafted.line()}]", file=sys.stderr)
+    if engine.stack.swaps.swaps:
+        print(f"  [{engine.stack.swaps.line()}]", file=sys.stderr)
 
 
 def _check(prompt: Sequence[str] | None, stop: Sequence[str] | None, stream: bool, as_json: bool, batch: Path | None, output: Path) -> None:
@@ -155,8 +177,9 @@ def _write_prompts(
         print("" if stream else f"{items[number].request.prompt}{result.text}")
         if weights:
             print(_weights_table(result, tokenizer))
+        found = f"; language {result.detected_language} (detected)" if result.detected_language else ""
         mean = ", ".join(f"{name} {weight:.2f}" for name, weight in result.mean_weights().items() if weight >= 0.005)
-        print(f"  [{len(result.token_ids)} tokens; mean weights: {mean}]", file=sys.stderr, flush=True)
+        print(f"  [{len(result.token_ids)} tokens{found}; mean weights: {mean}]", file=sys.stderr, flush=True)
         turn = number + 1
         begin(turn)
 

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from megaxelm.cli.options import open_mixture
+from megaxelm.cli.options import (
+    PosteriorDecayOption,
+    PosteriorReadsOption,
+    RefreshOption,
+    RefreshTokensOption,
+    ResidentOption,
+    RouterOption,
+    open_mixture,
+    router_settings,
+)
 from megaxelm.errors import ServeError
 
 
@@ -21,8 +30,12 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the run's name.")] = None,
     expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture; the model is then <run>/<expert>.")] = None,
-    router: Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")] = None,
+    router: RouterOption = None,
     top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,
+    refresh: RefreshOption = None,
+    refresh_tokens: RefreshTokensOption = None,
+    posterior_decay: PosteriorDecayOption = None,
+    posterior_reads: PosteriorReadsOption = None,
     combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
     draft: Annotated[
         str | None, typer.Option(help="An expert that proposes tokens, which the mixture verifies: the same distribution.")
@@ -34,6 +47,7 @@ def serve(
     max_tokens: Annotated[
         int | None, typer.Option(help="Places of the KV cache in all, one a token and kept expert. Default: no bound.")
     ] = None,
+    resident: ResidentOption = None,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused with 429.")] = 128,
     max_texts: Annotated[int, typer.Option(help="Texts of one request: prompts times n.")] = 32,
     max_text_tokens: Annotated[int | None, typer.Option(help="Prompt and max_tokens of one text. Default: the experts' positions.")] = None,
@@ -59,8 +73,23 @@ def serve(
     )
     key = read_key(api_key_file)
     with bind(host, port, key is not None) as listening:
-        settings = {"router": router, "top_m": top_m, "combine": combine, "expert": expert, "draft": draft, "draft_tokens": draft_tokens}
-        ensemble, engine = open_mixture(run, dtype, device, max_batch=max_batch, max_tokens=max_tokens, **settings)
+        ensemble, engine = open_mixture(
+            run,
+            dtype,
+            device,
+            router=router,
+            routing=router_settings(refresh, refresh_tokens, posterior_decay, posterior_reads),
+            top_m=top_m,
+            combine=combine,
+            expert=expert,
+            draft=draft,
+            draft_tokens=draft_tokens,
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+            resident=resident,
+        )
+        if ensemble.settings.devices > 1:
+            say_on_stderr(f"ensemble.devices = {ensemble.settings.devices}: a server holds all experts in one process")
         ensemble.tokenizer.encode(["x"])  # loads what it is made of, before two threads may want to
         template = load_template(ensemble.tokenizer)
         called = name or _name_of(run, expert)

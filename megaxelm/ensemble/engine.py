@@ -37,7 +37,6 @@ from megaxelm.errors import RoutingError
 from megaxelm.model.stacked import Piece, Read
 from megaxelm_kernels.linear_cross_entropy import target_logprobs
 
-
 PREFILL_TOKENS = 8192
 """Tokens of prompts, of all experts together, that one step reads at most, unless a single prompt is longer."""
 
@@ -152,10 +151,6 @@ class Engine:
         """Tokens of the prompt of a text that runs or waits."""
         return next(len(text.prompt_ids) for text in (*self._running, *self._waiting) if text.request_id == request_id)
 
-    def detected(self, request_id: int) -> str | None:
-        """The language that the router found for a text that runs; None where it was given, or not looked for."""
-        return next(text.detected for text in self._running if text.request_id == request_id)
-
     def cancel(self, request_id: int) -> None:
         """Stop a text; one that is not known any more is no mistake."""
         self._waiting = deque(text for text in self._waiting if text.request_id != request_id)
@@ -241,7 +236,7 @@ class Engine:
         events = []
         for text, token, logprob, row, top in zip(texts, found.tokens, found.logprobs, weights, found.top, strict=True):
             shown, reason = text.take(token, self.ensemble.tokenizer.eos_id)
-            events.append(TokenEvent(text.request_id, token, shown, logprob, row, top, reason))
+            events.append(TokenEvent(text.request_id, token, shown, logprob, row, top, reason, text.detected))
         return events
 
     def _next_tokens(self, texts: Sequence[RunningText], kept: Weights, run: Weights) -> NextTokens:

@@ -3,7 +3,7 @@
 ```
 ensemble/
   config.json        model_type "xelm": experts in order (the fallback expert last), their languages, default router, top_m, combine
-  tokenizer/         Hugging Face tokenizer files
+  tokenizer/         Hugging Face tokenizer files; again beside config.json, where transformers looks for them
   router/            router.json, and for `tfidf` centres.safetensors and the vector space
   experts/<name>/    Hugging Face checkpoint folder; hard links to the exports where the disk allows, else copies
 ```
@@ -45,6 +45,7 @@ class EnsembleSettings:
     top_m: int | None = None
     combine: str = "mixture"
     temperature_on: str = "mixture"
+    devices: int = 1
 
     def check(self, num_experts: int, where: str) -> None:
         """Raises RoutingError for a value out of range, naming `where` it stands; `num_experts` are the trained ones."""
@@ -167,6 +168,8 @@ def save_ensemble(
     Raises:
         RoutingError: an export is missing, or names do not agree.
     """
+    from megaxelm.model.hub import copy_tokenizer
+
     settings = settings or EnsembleSettings()
     if list(experts) != list(data.experts) or not experts:
         raise RoutingError(
@@ -187,8 +190,9 @@ def save_ensemble(
     if not tokenizer_folder.is_dir():
         raise RoutingError(f"ensemble: no tokenizer in {tokenizer_folder}; run the tokenizer stage first")
     shutil.copytree(tokenizer_folder, out / "tokenizer", dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
+    copy_tokenizer(out / "tokenizer", out)
     _save_routers(out / "router", data)
-    config = {"model_type": MODEL_TYPE, "format": FORMAT, "experts": entries}
+    config = {"model_type": MODEL_TYPE, "architectures": ["XelmForCausalLM"], "format": FORMAT, "experts": entries}
     write_json(out / "config.json", config | asdict(settings))
 
 
@@ -221,7 +225,7 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
             sources.append(partial(_source, path))
             languages[entry["name"]] = dict(entry["languages"])
             fallbacks += [entry["name"]] if entry["fallback"] else []
-        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"], config["temperature_on"])
+        settings = EnsembleSettings(config["router"], config["top_m"], config["combine"], config["temperature_on"], config["devices"])
     except (KeyError, TypeError, AttributeError) as error:
         raise RoutingError(f"{folder / 'config.json'}: damaged ({type(error).__name__}: {error}); build the ensemble again") from None
     if not names:
@@ -237,6 +241,11 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
     tokenizer = Tokenizer.load(folder / "tokenizer")
     data = _load_routers(folder / "router", names, fallbacks[0] if fallbacks else None, tokenizer)
     return Ensemble(names, loaders, tokenizer, data, settings, languages, sources, dtype, device)
+
+
+def read_devices(folder: Path) -> int:
+    """Devices that the experts of an ensemble folder are to be spread over."""
+    return int(_read(folder / "config.json", folder).get("devices", 1))
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str | torch.device) -> Callable[[], Decoder]:

@@ -25,8 +25,9 @@ class GenerationResult:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] = field(default_factory=list)  # of each token under the mixture (nats), before temperature and filters
-    weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not run
+    weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not speak
     finish_reason: str | None = None  # `stop` or `length`
+    detected_language: str | None = None  # what the language router read off a prompt that came without
 
     def mean_weights(self) -> dict[str, float]:
         """Weight of each expert by name, averaged over the tokens; empty when nothing was written."""
@@ -89,7 +90,7 @@ def generate(
             result.logprobs.append(event.logprob)
             result.weights.append(event.weights)
             result.text += event.text
-            result.finish_reason = event.finish_reason
+            result.finish_reason, result.detected_language = event.finish_reason, event.detected_language
             if on_token:
                 on_token(number, event.token_id, event.text)
     return results

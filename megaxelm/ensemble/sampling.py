@@ -78,3 +78,5 @@ class TokenEvent:
     """(token id, log-probability under the mixture) of the likeliest, best first; as many as `SamplingParams.logprobs`."""
     finish_reason: str | None = None
     """None while the text goes on; `stop` (EOS or a stop string), or `length`."""
+    detected_language: str | None = None
+    """What the language router read off a prompt that came without."""

@@ -6,6 +6,10 @@ router that learns from the experts their log-probability of it.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,3 +53,29 @@ class Shards:
         top = self.maximum(x.clone())
         base = torch.where(top > -torch.inf, top, 0.0)
         return self.sum((x - base).exp_()).log_() + base
+
+
+def rank_device(device: torch.device) -> torch.device:
+    """The device of this process: on a rank of several with CUDA one of its own."""
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def join_ranks(num_experts: int, device: torch.device) -> Shards | None:
+    """The experts of this process where a launcher started several of it; None in a process by itself.
+
+    Raises:
+        RoutingError: more ranks than experts.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Shards(num_experts)
+
+
+def run_on_devices(devices: int, arguments: list[str]) -> int:
+    """Run `megaxelm` with these arguments in as many processes on this machine, by torchrun; its exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+    return subprocess.run([*launcher, "-m", "megaxelm.cli", *arguments], check=False).returncode

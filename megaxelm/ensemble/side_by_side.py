@@ -62,44 +62,64 @@ def combine_rows(
     """
     if combine not in COMBINE:
         raise RoutingError(f"combine = {combine!r}: choose one of {', '.join(COMBINE)}")
-    present = [expert for expert, states in enumerate(hidden) if states is not None]
-    logprobs, bests = [labels.new_empty(0, dtype=torch.float64)], [labels.new_empty(0)]
-    if not len(labels):
-        return CombinedRows(logprobs[0], bests[0])
-    first = decoders[present[0]]()
-    columns, vocab_size, device = first.head.weight.shape[0], first.config.vocab_size, first.device
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    budget = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
-    step = rows_per_chunk or max(1, budget // (_BUFFERS * dtype.itemsize * columns))
-    kept = log_w > -torch.inf
+    logprobs, bests = [torch.empty(0, dtype=torch.float64)], [labels.new_empty(0)]
+    step = rows_per_chunk or _rows_per_chunk(decoders, hidden)
     with torch.inference_mode():
         for begin in range(0, len(labels), step):
             part = slice(begin, begin + step)
-            rows = len(labels[part])
-            total = torch.full((rows, columns), -torch.inf if combine == "mixture" else 0.0, dtype=dtype, device=device)
-            for expert in present:
-                here = kept[part, expert].nonzero().flatten()
-                states = hidden[expert]
-                if not len(here) or states is None:
-                    continue
-                weight = log_w[part][here, expert].to(device, dtype)[:, None]
-                where = here.to(device)
-                z = F.linear(states[part][where], decoders[expert]().head.weight).to(dtype)
-                z[:, vocab_size:] = -torch.inf if combine == "mixture" else 0.0
-                if combine == "mixture":
-                    z = z.log_softmax(-1).add_(weight)
-                    total[where] = torch.logaddexp(total[where], z)
-                else:
-                    total.index_add_(0, where, z.mul_(weight.exp()))
-            total[:, vocab_size:] = -torch.inf
+            total = _added_up(decoders, [None if states is None else states[part] for states in hidden], log_w[part], combine)
             bests.append(total.argmax(-1).to(labels.device))
-            target = total.gather(1, labels[part].to(device)[:, None])
+            target = total.gather(1, labels[part].to(total.device)[:, None])
             if combine != "mixture":
                 # As the kernel of the loss has it: both may be large, so the greatest is taken off first.
                 top = total.amax(-1, keepdim=True)
                 target = (target - top) - total.sub_(top).exp_().sum(-1, keepdim=True).log()
-            logprobs.append(target[:, 0].to(labels.device, torch.float64))
+            logprobs.append(target[:, 0].to("cpu", torch.float64))
     return CombinedRows(torch.cat(logprobs), torch.cat(bests))
+
+
+def combined_logits(
+    decoders: Sequence[Callable[[], Decoder]], hidden: Sequence[Tensor | None], log_w: Tensor, combine: str = "mixture"
+) -> Tensor:
+    """The whole combined distribution at each row, log-probabilities [rows, vocab] in fp32 at least; arguments as `combine_rows`."""
+    vocab_size = decoders[0]().config.vocab_size
+    total = _added_up(decoders, hidden, log_w, combine)[:, :vocab_size]
+    return total if combine == "mixture" else total.log_softmax(-1)
+
+
+def _rows_per_chunk(decoders: Sequence[Callable[[], Decoder]], hidden: Sequence[Tensor | None]) -> int:
+    present = [expert for expert, states in enumerate(hidden) if states is not None]
+    if not present:
+        return 1
+    weight = decoders[present[0]]().head.weight
+    budget = _CUDA_BYTES if weight.device.type == "cuda" else _CPU_BYTES
+    return max(1, budget // (_BUFFERS * max(4, weight.element_size()) * weight.shape[0]))
+
+
+@torch.no_grad()
+def _added_up(decoders: Sequence[Callable[[], Decoder]], hidden: Sequence[Tensor | None], log_w: Tensor, combine: str) -> Tensor:
+    """Log-probabilities of the mixture [rows, padded vocab], or the averaged logits, which are not normalised; padding is -inf."""
+    present = [expert for expert, states in enumerate(hidden) if states is not None] or [0]
+    first = decoders[present[0]]()
+    vocab_size, device, dtype = first.config.vocab_size, first.device, torch.promote_types(first.dtype, torch.float32)
+    empty = -torch.inf if combine == "mixture" else 0.0
+    total = torch.full((len(log_w), first.head.weight.shape[0]), empty, dtype=dtype, device=device)
+    for expert in present:
+        states = hidden[expert]
+        here = (log_w[:, expert] > -torch.inf).nonzero().flatten()
+        if not len(here) or states is None:
+            continue
+        weight = log_w[here, expert].to(device, dtype)[:, None]
+        where = here.to(device)
+        z = F.linear(states[where], decoders[expert]().head.weight).to(dtype)
+        z[:, vocab_size:] = empty
+        if combine == "mixture":
+            z = z.log_softmax(-1).add_(weight)
+            total[where] = torch.logaddexp(total[where], z)
+        else:
+            total.index_add_(0, where, z.mul_(weight.exp()))
+    total[:, vocab_size:] = -torch.inf
+    return total
 
 
 def combined_documents(

@@ -69,7 +69,7 @@ def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
         documents = sample_documents(run_folder / "corpus", recipe.clusters.tfidf.sample_documents)
         data.fallback_distance = nearest_distances(space, centres, [document.text for document in documents], wanted.fallback_quantile)
     exports = {name: run_folder / "experts" / name / "export" for name in experts}
-    settings = EnsembleSettings(wanted.router, wanted.top_m, wanted.combine, wanted.temperature_on)
+    settings = EnsembleSettings(wanted.router, wanted.top_m, wanted.combine, wanted.temperature_on, wanted.devices)
     save_ensemble(out, exports, tokenizer_folder, data, settings, tokens)
 
 

@@ -198,6 +198,8 @@ class EnsembleConfig(Section):
     the released downstream code has it."""
     temperature_on: Literal["mixture", "experts"] = "mixture"
     """Whose distribution the temperature of sampling sharpens: the mixture's, or each expert's before they are mixed."""
+    devices: int = Field(1, ge=1)
+    """Devices that the experts are spread over in `megaxelm generate`, a process each; at most as many as experts."""
     refresh: Literal["token", "chunk", "frozen"] = "token"
     """When weights are made anew: for every token; for every chunk of `refresh_tokens` after the prompt; or for every token until the
     text, prompt counted, has `refresh_tokens`, and then no more."""

@@ -13,6 +13,7 @@ from megaxelm.ensemble.folder import Ensemble
 from megaxelm.ensemble.generation import GenerationResult, generate
 from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
+from megaxelm.ensemble.scoring import expert_streams
 from megaxelm.ensemble.streaming import StopText
 from megaxelm.errors import RoutingError
 from megaxelm.model.decoder import Decoder
@@ -162,6 +163,43 @@ def test_posterior_has_all_read_the_prompt_and_the_chosen_go_on(counted: Callabl
     assert sorted(tokens) == [5, 5, 10, 10]  # its last token is read by the chosen alone
     for row in results[0].weights:
         assert sum(weight > 0 for weight in row) <= 2 and sum(row) == pytest.approx(1)
+
+
+def test_a_posterior_that_reads_all_lets_an_expert_come_back(
+    counted: Callable[..., tuple], make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    """All run on every token and one speaks; the weights are those of scoring the text that was written."""
+    ensemble = make_ensemble(decoders)
+    router = ensemble.router("posterior", posterior_reads="all", posterior_decay=0.0)
+    [result] = generate(ensemble, ["hello"], router=router, top_m=1, max_new_tokens=12, temperature=1.5, stop_at_eos=False)
+    ids = ensemble.tokenizer.encode(["hello"])[0] + result.token_ids
+    streams = expert_streams(ensemble.decoders, [ids], 1)[0]
+    expected = router.along(Request(), ids, streams)[-12:].argmax(-1).tolist()
+    assert [max(range(4), key=row.__getitem__) for row in result.weights] == expected
+    assert all(sorted(row) == [0, 0, 0, 1] for row in result.weights) and len(set(expected)) > 1
+    tokens, _ = counted(prompts=["hello"], router=router, top_m=1, max_new_tokens=5, stop_at_eos=False)
+    assert tokens == [10, 10, 10, 10]
+
+
+def test_temperature_on_experts_sharpens_each_before_they_are_mixed(
+    make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    """The counts of 1000 draws against both distributions, which differ."""
+    ensemble = make_ensemble(decoders, temperature_on="experts")
+    results = generate(ensemble, ["a"] * 1000, max_new_tokens=1, temperature=0.25, router="uniform", stop_at_eos=False)
+    tokens, bounds = torch.tensor([1, *ensemble.tokenizer.encode(["a"])[0]]), torch.tensor([0, 2], dtype=torch.int32)
+    logits = [decoder.logits(decoder(tokens, torch.arange(2), bounds))[-1].detach().double() for decoder in decoders]
+    of_experts = torch.stack([(one / 0.25).softmax(-1) for one in logits]).mean(0)
+    of_mixture = mixture_after(ensemble, "a").pow(4) / mixture_after(ensemble, "a").pow(4).sum()
+    counts = torch.bincount(torch.tensor([result.token_ids[0] for result in results]), minlength=260) / 1000
+    seen = of_experts > 0.005
+    assert ((counts - of_experts).abs() <= 5 * (of_experts * (1 - of_experts) / 1000).sqrt())[seen].all()
+    assert not ((counts - of_mixture).abs() <= 5 * (of_mixture * (1 - of_mixture) / 1000).sqrt())[of_mixture > 0.005].all()
+    greedy = [
+        generate(make_ensemble(decoders, temperature_on=where), ["a"], max_new_tokens=6, router="uniform", stop_at_eos=False)[0].token_ids
+        for where in ("experts", "mixture")
+    ]
+    assert greedy[0] == greedy[1]
 
 
 def test_an_expert_chosen_late_reads_what_it_missed(counted: Callable[..., tuple]) -> None:

@@ -135,6 +135,38 @@ def test_top_m_and_temperature_of_the_recipe_count(make_run: MakeRun, make_recip
     assert first["models"]["mixture-tfidf"]["languages"] != second["models"]["mixture-tfidf"]["languages"]
 
 
+def test_a_fallback_takes_part_without_being_an_expert(make_run: MakeRun, make_recipe: MakeRecipe) -> None:
+    run = make_run("language")
+    wanted = {"fallback": "dense", "fallback_weight": 0.2, "fallback_quantile": 0.9, "combine": "logit_mean", "posterior_prior": "tokens"}
+    wanted |= {
+        "posterior_decay": "one-step",
+        "refresh": "chunk",
+        "refresh_tokens": 5,
+        "temperature_on": "experts",
+        "detect_language": False,
+    }
+    results = evaluate(run, make_recipe("language", ensemble=wanted, evaluation={"routers": ["uniform", "language", "tfidf"]}))
+    assert list(results["experts"]) == ["en", "ja", "ru"]
+    ensemble = load_ensemble(run / "ensemble")
+    assert (ensemble.experts, ensemble.fallback) == (["en", "ja", "ru", "dense"], "dense")
+    assert (run / "ensemble/experts/dense/model.safetensors").samefile(run / "experts/dense/export/model.safetensors")
+    data = ensemble.data
+    assert (data.posterior_decay, data.refresh, data.refresh_tokens, data.detect_language) == (0.0, "chunk", 5, False)
+    clusters = json.loads((run / "index" / "manifest.json").read_text())["clusters"]
+    assert data.posterior_prior == [float(clusters[name][name]["tokens"]) for name in ("en", "ja", "ru")]
+    assert "dense" not in data.language_expert.values()
+    assert (ensemble.settings.combine, ensemble.settings.temperature_on) == ("logit_mean", "experts")
+    # The distances are those of the sample, so half of it is at most as far as the median.
+    vectors = torch.from_numpy(data.space.transform([text for code in ("en", "ja", "ru") for text in texts_of(run, code)])).double()
+    nearest = torch.cdist(vectors, data.centres.double()).square().amin(-1)
+    assert data.fallback_distance == pytest.approx(nearest.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist(), abs=1e-5)
+    router = ensemble.router("tfidf")
+    known, far = (
+        router.weights(router.start([Request(ensemble.tokenizer.encode([text])[0])]))[0] for text in (texts_of(run, "ru")[0], "ωψχ")
+    )
+    assert float(known[3].exp()) < 0.3 < float(far[3].exp())
+
+
 def test_without_dense_there_is_no_verdict(make_run: MakeRun, make_recipe: MakeRecipe) -> None:
     run = make_run("language")
     shutil.rmtree(run / "experts" / "dense")

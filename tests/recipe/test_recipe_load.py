@@ -42,6 +42,12 @@ def test_every_recipe_of_the_project_loads_and_survives_being_resolved(path: Pat
         (with_values(corpus={"languages": ["en", "en"]}), ["names en more than once"]),
         (with_values(train={"lr": float("inf")}), ["train.lr", "finite"]),
         (with_values(ensemble={"top_m": 3}), ["ensemble.top_m = 3", "clusters.k = 2"]),
+        (with_values(ensemble={"fallback": "dense"}, experts={"dense": False}), ["ensemble.fallback = dense", "experts.dense = true"]),
+        (with_values(ensemble={"fallback_weight": 0.5}), ["ensemble.fallback_weight = 0.5"]),
+        (with_values(ensemble={"posterior_decay": "halved"}), ["ensemble.posterior_decay = 'halved'"]),
+        (with_values(ensemble={"posterior_prior": {"a": 0.0}}), ["ensemble.posterior_prior", "at least one is above 0"]),
+        (with_values(ensemble={"posterior_prior": {"a": -1.0, "b": 1.0}}), ["ensemble.posterior_prior", "must not be negative"]),
+        (with_values(ensemble={"refresh": "sometimes"}), ["ensemble.refresh", "'token', 'chunk' or 'frozen'"]),
         (with_values(seed={"load": "some/seed"}), ["seed.load is set and tokenizer.load is not"]),
         (with_values(evaluation={"sequence_length": 4096}), ["evaluation.sequence_length = 4096"]),
     ],
@@ -99,6 +105,11 @@ def test_fields_without_effect_stay_out_of_what_results_depend_on() -> None:
 
 def test_the_reference_is_up_to_date() -> None:
     assert (REPOSITORY / "docs" / "recipe.md").read_text(encoding="utf-8") == recipe_docs(), "run `make docs`"
+
+
+@pytest.mark.parametrize(("given", "decay"), [("cumulative", 1.0), ("one-step", 0.0), (0.7, 0.7)])
+def test_decays_have_names(given: str | float, decay: float) -> None:
+    assert parse_recipe(with_values(ensemble={"posterior_decay": given})).ensemble.posterior_decay == decay
 
 
 def test_every_field_has_a_docstring() -> None:

@@ -121,6 +121,15 @@ def test_verbs_that_use_a_run_do_not_need_its_sources(made: Path, tmp_path: Path
         (made / "gone").rename(made / "corpus")
 
 
+@pytest.mark.parametrize("fallback", ["seed", "dense"])
+def test_the_ensemble_is_made_from_its_fallback(fallback: str, indexed_run: Path) -> None:
+    recipe = RunFolder(indexed_run).recipe()
+    without = Stages(RunFolder(indexed_run), recipe).units("ensemble")["ensemble"].inputs
+    changed = recipe.model_copy(update={"ensemble": recipe.ensemble.model_copy(update={"fallback": fallback})})
+    inputs = Stages(RunFolder(indexed_run), changed).units("ensemble")["ensemble"].inputs
+    assert set(inputs) - set(without) == {f"experts/{fallback}"} and set(without) < set(inputs)
+
+
 def test_only_one_stage_needs_those_before_it(indexed_run: Path) -> None:
     stages = Stages(RunFolder(indexed_run), RunFolder(indexed_run).recipe())
     with pytest.raises(StageError, match="experts/seed is missing; make it first: megaxelm run RECIPE --until seed"):

@@ -13,6 +13,7 @@ from megaxelm.ensemble.routers.fallback import add_fixed_fallback
 from megaxelm.errors import RoutingError
 
 READS = ("kept", "all")
+DECAY_NAMES = {"cumulative": 1.0, "one-step": 0.0}
 
 
 class PosteriorRouter(BaseRouter):
