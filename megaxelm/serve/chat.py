@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -14,8 +15,18 @@ from megaxelm.serve.answers import LOWEST_LOGPROB, Choice
 from megaxelm.serve.errors import ApiError
 from megaxelm.serve.protocol import Sampling
 
-if TYPE_CHECKING:
-    from megaxelm.corpus.tokenizer import Tokenizer
+
+class TemplateTokenizer(Protocol):
+    """What is used of `megaxelm.corpus.tokenizer.Tokenizer`."""
+
+    folder: Path
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def hf(self) -> Any: ...
+
 
 Template = Callable[[list[dict[str, str]]], list[int]]
 """Turns messages into token ids without a start token; raises ApiError for messages that the template refuses."""
@@ -94,7 +105,7 @@ class ChatChoice(Choice):
         }
 
 
-def load_template(tokenizer: Tokenizer) -> Template | None:
+def load_template(tokenizer: TemplateTokenizer) -> Template | None:
     """The chat template of a tokenizer's folder, or None."""
     folder = tokenizer.folder
     if not (folder / "chat_template.jinja").exists() and not read_json(folder / "tokenizer_config.json").get("chat_template"):
@@ -110,7 +121,7 @@ def load_template(tokenizer: Tokenizer) -> Template | None:
                 ids = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True)
         except (TemplateError, TypeError, ValueError) as error:
             raise ApiError(400, f"messages: the chat template of this model refuses them ({error})", "messages", "invalid_value") from None
-        found = [int(token) for token in ids]  # type: ignore[arg-type]
+        found = [int(token) for token in ids]
         # The engine puts the start token in front of every text.
         return found[1:] if found[:1] == [tokenizer.start_id] else found
 

@@ -38,6 +38,12 @@ def test_the_text_and_its_weights(run: Path, capsys: pytest.CaptureFixture[str])
     assert "south" not in command(capsys, run, "--prompt", "one", "--max-new-tokens", 3, "--weights", "--expert", "north")[1]
 
 
+def test_in_a_terminal_the_weights_are_colours(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    _, out, _ = command(capsys, run, "--prompt", "one", "--max-new-tokens", 3, "--weights")
+    assert "router uniform; mean weights: " in out and "■ north 0.50" in out and "■ south 0.50" in out
+
+
 def test_a_stream_prints_what_is_printed_at_the_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, errors = command(capsys, run, *PROMPTS, *SAMPLED)
     assert command(capsys, run, *PROMPTS, *SAMPLED, "--stream") == (0, out, errors)

@@ -14,7 +14,7 @@ from tiny_mixture import write_byte_tokenizer
 
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.ensemble.sampling import SamplingParams
-from megaxelm.serve.chat import load_template
+from megaxelm.serve.chat import Template, load_template
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers here') }}{% endif %}"
@@ -30,19 +30,19 @@ def ids_of(text: str) -> list[int]:
 RENDERED = [*ids_of("[system]Be kind."), 2, *ids_of("[user]a/s"), 2, *ids_of("[assistant]")]
 
 
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Tokenizer:
-    write_byte_tokenizer(tmp_path / "tokenizer")
-    return Tokenizer.load(tmp_path / "tokenizer")
-
-
-@pytest.fixture
-def served(serve: Callable[..., Any], tokenizer: Tokenizer) -> Any:
-    path = tokenizer.folder / "tokenizer_config.json"
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template | None:
+    folder = tmp_path_factory.mktemp("chat") / "tokenizer"
+    write_byte_tokenizer(folder)
+    path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    return load_template(Tokenizer.load(folder))
+
+
+@pytest.fixture
+def served(serve: Callable[..., Any], template: Template) -> Any:
     found = serve()
-    found.service.template = load_template(tokenizer)
-    found.service.positions = 60
+    found.service.template, found.service.positions = template, 60
     return found
 
 
@@ -50,8 +50,9 @@ def written(count: int, seed: int = 0, sequence: int = 0, temperature: float = 0
     return ByteTokenizer().decode(scripted_ids(RENDERED, seed, temperature, count, sequence))
 
 
-def test_a_tokenizer_without_a_template_does_not_chat(tokenizer: Tokenizer) -> None:
-    assert load_template(tokenizer) is None
+def test_a_tokenizer_without_a_template_does_not_chat(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    assert load_template(Tokenizer.load(tmp_path / "tokenizer")) is None
 
 
 def test_messages_become_the_template_without_a_second_start(served: Any) -> None:
