@@ -78,10 +78,14 @@ def test_sampling_options_arrive(run: Path, capsys: pytest.CaptureFixture[str]) 
     greedy = command(capsys, run, "--prompt", "one", "--max-new-tokens", 12)[1]
     for option in (("--top-k", 1), ("--min-p", 0.999), ("--top-p", 1e-6)):
         assert command(capsys, run, "--prompt", "one", "--max-new-tokens", 12, "--temperature", 1, *option)[1] == greedy, option
-    last = greedy.strip("\n").rstrip("\ufffd")[-1]
-    assert command(capsys, run, "--prompt", "one", "--max-new-tokens", 12, "--stop", last)[1].startswith("one")
-    code, out, _ = command(capsys, run, "--prompt", "one", "--max-new-tokens", 6, "--dtype", "bfloat16", "--json")
-    assert code == 0 and json.loads(out)["num_tokens"] <= 6
+    stop = greedy.strip("\n").removeprefix("one")[2]
+    stopped = command(capsys, run, "--prompt", "one", "--max-new-tokens", 12, "--stop", stop)[1]
+    assert stopped == f"one{greedy.removeprefix('one').split(stop)[0]}\n"
+    logprobs = []
+    for dtype in ("float32", "bfloat16"):
+        code, out, _ = command(capsys, run, "--prompt", "one", "--max-new-tokens", 1, "--dtype", dtype, "--json")
+        logprobs.append(json.loads(out)["logprob"])
+    assert logprobs[0] != logprobs[1] and logprobs[0] == pytest.approx(logprobs[1], abs=0.5)
 
 
 def test_a_draft_changes_nothing_greedy_and_is_accounted_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
