@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megaxelm.ensemble.choice import choose_combine, choose_router
 from megaxelm.ensemble.folder import Ensemble
+from megaxelm.ensemble.graphed import GraphedSteps
 from megaxelm.ensemble.mixture import TEMPERATURE_ON
 from megaxelm.ensemble.mixture_head import LogitRows, MixtureSettings, NextTokens, fused, sampling_of
 from megaxelm.ensemble.routers import FixedRouter, Request, Router
@@ -36,6 +37,7 @@ from megaxelm.ensemble.weights import Weights
 from megaxelm.errors import RoutingError
 from megaxelm.model.stacked import Piece, Read
 from megaxelm_kernels.linear_cross_entropy import target_logprobs
+from megaxelm_kernels.mixture import MixtureToken
 
 PREFILL_TOKENS = 8192
 """Tokens of prompts, of all experts together, that one step reads at most, unless a single prompt is longer."""
@@ -52,6 +54,7 @@ class Engine:
         resident: experts that are on the device at one time; None: all.
         shards: ranks that share the experts; None: all are here.
         draft: an expert that proposes `draft_tokens` tokens at a time, which the mixture verifies; the texts are the same.
+        graphs: a token step runs as a CUDA graph; None: on CUDA, where the kernels are Triton's. On a CPU the same without a graph.
 
     Raises:
         RoutingError: a value out of range, an unknown expert or router. ModelError: an expert that does not load.
@@ -73,6 +76,7 @@ class Engine:
         shards: Shards | None = None,
         draft: str | None = None,
         draft_tokens: int = 4,
+        graphs: bool | None = None,
     ) -> None:
         temperature_on = temperature_on or ensemble.settings.temperature_on
         if temperature_on not in TEMPERATURE_ON:
@@ -93,6 +97,11 @@ class Engine:
             raise RoutingError(f"ensemble.devices: no expert of rank {shards.rank if shards else 0} has weight; take fewer devices")
         self.stack = ensemble.stack(self._experts, None if resident is None else min(resident, len(self._experts)), kernels)
         self.cache = self.stack.new_cache(max_tokens)
+        on_cuda = self.stack.device.type == "cuda"
+        graphs = on_cuda and self.stack.kernels == "triton" if graphs is None else graphs
+        if graphs and self.stack.kernels != "triton":
+            raise RoutingError(f"graphs = True: a step by {self.stack.kernels} cannot be one; choose kernels = triton, or leave graphs out")
+        self._graphs = GraphedSteps(self.stack, self.cache, self.settings, capture=on_cuda) if graphs else None
         self._waiting: deque[RunningText] = deque()
         self._running: list[RunningText] = []
         self._state: Any = None
@@ -243,10 +252,12 @@ class Engine:
         pieces, names = self.pieces(texts, run)
         turns = self.stack.batches([piece.expert for piece in pieces])
         if len(turns) == 1 and run is kept and self.shards is None and not any(text.sampling.logprobs for text in texts):
+            if self._graphs is not None and self._graphs.fits(pieces):
+                return _as_tokens(self._graphs.run(pieces, names, kept, sampling_of(texts, self.stack.device)))
             read = self.stack.read(pieces, self.cache)
             rows = _row_table(kept, names, read)
             found = fused(self.stack, read, rows, kept.log_w, sampling_of(texts, self.stack.device), self.settings)
-            return NextTokens(found.token.tolist(), found.logprob.tolist(), found.expert_logprob, [[] for _ in texts])
+            return _as_tokens(found)
         logits = LogitRows(self.stack, self.settings, self.shards)
         for turn in turns:
             part = [index for index, piece in enumerate(pieces) if piece.expert in turn]
@@ -341,6 +352,11 @@ def _draft(ensemble: Ensemble, draft: str, draft_tokens: int, shards: Shards | N
     if shards is not None:
         raise RoutingError(f"draft = {draft!r}: not together with experts spread over devices; leave one out")
     return ensemble.experts.index(draft)
+
+
+def _as_tokens(found: MixtureToken) -> NextTokens:
+    tokens = found.token.tolist()
+    return NextTokens(tokens, found.logprob.tolist(), found.expert_logprob, [[] for _ in tokens])
 
 
 def _row_table(kept: Weights, names: Sequence[tuple[int, int]], read: Read) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -314,11 +315,16 @@ def initial_weights(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Ten
             yield name, tensor
 
 
+@lru_cache(maxsize=4)
+def _sinusoid_frequencies(half: int, device: torch.device) -> Tensor:
+    # Kept: a copy to the device in each call would make it wait, and cannot be part of a CUDA graph.
+    with torch.inference_mode(False):
+        return torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))).to(device)
+
+
 def sinusoidal_positions(rows: Tensor, config: DecoderConfig) -> Tensor:
     """Rows of XGLM's table, fp32 [N, H]: sines in the first half, cosines in the second, wavelengths 2 pi to 20000 pi."""
-    half = config.hidden_size // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))).to(rows.device)
-    angles = rows.to(torch.float32)[:, None] * frequencies
+    angles = rows.to(torch.float32)[:, None] * _sinusoid_frequencies(config.hidden_size // 2, rows.device)
     table = torch.cat([angles.sin(), angles.cos()], dim=1)
     if config.position_zero_row is not None:
         table = table.masked_fill((rows == config.position_zero_row)[:, None], 0.0)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,13 @@ class Read:
     groups: RowGroups
     first_row: list[int]
     """By piece, in the order given: where its rows begin in `hidden`."""
+
+
+class Attends(Protocol):
+    """Attention of new tokens over what their texts hold."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q` [N, heads, d], `k` and `v` [N, kv_heads, d] of one layer -> [N, heads, d]."""
 
 
 @dataclass
@@ -152,14 +161,18 @@ class StackedDecoder:
             x, residual = x[last], residual[last]
             groups = RowGroups.from_counts(pieces_of, self.device)
             counts = [1] * len(pieces)
-        hidden, _ = self._norm("norm", x, groups, residual)
+        hidden = self.last_norm(x, residual, groups)
         first_row, at = [0] * len(pieces), 0
         for index, count in zip(order, counts, strict=True):
             first_row[index] = at
             at += count
         return Read(hidden, groups, first_row)
 
-    def layers(self, tokens: Tensor, positions: Tensor, groups: RowGroups, attention: CachedAttention) -> tuple[Tensor, Tensor]:
+    def last_norm(self, branch: Tensor, residual: Tensor, groups: RowGroups) -> Tensor:
+        """Hidden states for the head, [rows, H], from what `layers` gives."""
+        return self._norm("norm", branch, groups, residual)[0]
+
+    def layers(self, tokens: Tensor, positions: Tensor, groups: RowGroups, attention: Attends) -> tuple[Tensor, Tensor]:
         """The last branch and the residual stream before it, [N, H] each, of tokens [N] at positions [N]; rows sorted by slot."""
         config, weights, kernels = self.config, self.weights, self.kernels
         table = weights["embed.weight"]
@@ -173,7 +186,7 @@ class StackedDecoder:
         if config.qk_norm:
             # A query or key head is a row of its own for the norm.
             heads = (config.num_heads, config.num_kv_heads)
-            head_groups = [RowGroups([offset * number for offset in groups.offsets], groups.device) for number in heads]
+            head_groups = [_of_heads(groups, number) for number in heads]
         query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         branch: Tensor | None = None
         for layer in range(config.num_layers):
@@ -235,14 +248,19 @@ class StackedDecoder:
         return self._linear(f"{name}.down", hidden, groups)
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        config = self.config
-        if config.positions != "rotary":
+        if self.config.positions != "rotary":
             return None
+        frequencies, factor = self._frequencies
+        return rotary_tables(positions, frequencies, attention_factor=factor)
+
+    @cached_property
+    def _frequencies(self) -> tuple[Tensor, float]:
+        config = self.config
         try:
             frequencies, factor = rotary_parameters(config.head_dim, config.rope_theta, config.rope_scaling)
         except ValueError as error:
             raise ModelError(str(error)) from None
-        return rotary_tables(positions, frequencies.to(positions.device), attention_factor=factor)
+        return frequencies.to(self.device), factor
 
     def _resident(self, experts: set[int]) -> dict[int, int]:
         """Slots of the experts; those that are not resident are brought in."""
@@ -266,6 +284,13 @@ class StackedDecoder:
             return min(set(range(self.num_slots)) - set(self._slot_of.values()))
         oldest = next(expert for expert in self._slot_of if expert not in wanted)
         return self._slot_of.pop(oldest)
+
+
+def _of_heads(groups: RowGroups, heads: int) -> RowGroups:
+    """Groups of the heads of the rows. What a step's graph has on the device stays there."""
+    found = RowGroups([offset * heads for offset in groups.offsets], groups.device)
+    found.group_of_row = groups.group_of_row.repeat_interleave(heads)
+    return found
 
 
 def load_stack(

@@ -356,3 +356,22 @@ def test_bad_values_name_the_field_and_the_way_out(
 ) -> None:
     with pytest.raises(RoutingError, match=text):
         generate(make_ensemble(decoders), ["abc"], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("router", "top_m", "temperature"), [("tfidf", 2, 0.0), ("posterior", None, 0.9)])
+def test_steps_over_fixed_tensors_write_what_plain_steps_write(
+    router: str, top_m: int | None, temperature: float, make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    """What a CUDA graph replays, here without a graph and by Triton's interpreter: buckets are filled up, texts come and go."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    ensemble = make_ensemble(decoders)
+    engines = [Engine(ensemble, router=router, top_m=top_m, kernels=kernels, graphs=kernels == "triton") for kernels in ("torch", "triton")]
+    found: list[list[tuple[int, int]]] = [[], []]
+    for engine, tokens in zip(engines, found, strict=True):
+        for number, prompt in enumerate(PROMPTS[:3]):
+            engine.add(GenerationRequest(prompt, None, SamplingParams(2 + number, temperature, top_k=20, stop_at_eos=False)))
+        for _ in range(4):
+            tokens += [(event.request_id, event.token_id) for event in engine.step()]
+    assert engines[1]._graphs is not None and engines[1]._graphs._steps and engines[0]._graphs is None
+    assert found[0] == found[1] and len(found[0]) == 9

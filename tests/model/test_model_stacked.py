@@ -191,3 +191,24 @@ def test_bf16_stays_near_fp32(family: str) -> None:
             same_type = plain(tokens, torch.arange(21), torch.tensor([0, 21]))[-1]
         bound = 3 * (same_type.double() - expected).abs().max()
         assert (read.hidden[number].double() - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("family", ["xglm", "llama", "window", "qwen3"])
+def test_the_kernels_compute_what_torch_computes(family: str) -> None:
+    """Prompts, then single tokens of uneven lengths, by Triton and by torch."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoders = [expert(CONFIGS[family], seed) for seed in range(2)]
+    found = {}
+    for kernels in ("torch", "triton"):
+        stack = stack_of(decoders, device=device, kernels=kernels)
+        cache = stack.new_cache()
+        rows = [cache.new_row(60) for _ in range(3)]
+        owners = [1, 0, 1]
+        stack.read([Piece(owners[number], rows[number], text(number, 3 + 4 * number)) for number in range(3)], cache)
+        parts = [
+            stack.read([Piece(owners[number], rows[number], [9 + number]) for number in chosen], cache) for chosen in ([0, 1, 2], [2, 1])
+        ]
+        found[kernels] = [read.hidden[row].double() for read in parts for row in read.first_row]
+    for torchs, tritons in zip(found["torch"], found["triton"], strict=True):
+        torch.testing.assert_close(tritons, torchs, rtol=1e-4, atol=1e-4)
