@@ -83,13 +83,15 @@ def test_a_streamed_chat_says_its_role_once(served: Any) -> None:
 
 
 def test_logprobs_of_a_chat(served: Any) -> None:
-    choice = (
-        served.client()
-        .chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=2, logprobs=True, top_logprobs=1)
-        .choices[0]
-    )
-    assert [entry.token for entry in choice.logprobs.content] == list(written(2))
-    assert choice.logprobs.content[0].logprob == -0.5 and len(choice.logprobs.content[0].top_logprobs) == 1
+    def ask(**more: Any) -> Any:
+        create = served.client().chat.completions.create
+        return create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=2, **more).choices[0].logprobs
+
+    found = ask(logprobs=True, top_logprobs=1)
+    assert [entry.token for entry in found.content] == list(written(2))
+    assert found.content[0].logprob == -0.5 and len(found.content[0].top_logprobs) == 1
+    assert ask(logprobs=True).content[1].top_logprobs == []
+    assert ask() is None and ask(top_logprobs=1) is None
 
 
 @pytest.mark.parametrize(
