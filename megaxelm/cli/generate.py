@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,6 @@ from megaxelm.cli.options import (
 from megaxelm.errors import RoutingError
 
 if TYPE_CHECKING:
-    from megaxelm.corpus.tokenizer import Tokenizer
     from megaxelm.ensemble.batch import Item
     from megaxelm.ensemble.engine import Engine
     from megaxelm.ensemble.generation import GenerationResult
@@ -61,7 +60,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End a text before this string. Repeatable.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
-    weights: Annotated[bool, typer.Option("--weights", help="Show the mixture weights of every token.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Show the mixture weights of every token: colours in a terminal, else one line a token.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
     batch: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "language", sampling fields}; - is the standard input.')] = None,
     output: Annotated[Path, typer.Option(help="JSONL to write with --batch; - is the standard output.")] = _STANDARD,
@@ -85,7 +86,7 @@ def generate(
     if batch is not None:
         _write_batch(engine, items, ensemble.experts, None if output == _STANDARD else output, weights)
     else:
-        _write_prompts(engine, items, ensemble.experts, ensemble.tokenizer, stream, weights, as_json)
+        _write_prompts(engine, items, ensemble.experts, stream, weights, as_json)
     if draft is not None:
         print(f"  [{engine.drafted.line()}]", file=sys.stderr)
     if engine.stack.swaps.swaps:
@@ -150,9 +151,7 @@ def _write_batch(engine: Engine, items: Sequence[Item], experts: Sequence[str], 
         bar.set_postfix_str(f"{tokens} tokens")
 
 
-def _write_prompts(
-    engine: Engine, items: Sequence[Item], experts: Sequence[str], tokenizer: Tokenizer, stream: bool, weights: bool, as_json: bool
-) -> None:
+def _write_prompts(engine: Engine, items: Sequence[Item], experts: Sequence[str], stream: bool, weights: bool, as_json: bool) -> None:
     from megaxelm.ensemble.batch import add_all, record, write_all
 
     number_of = add_all(engine, items)
@@ -176,7 +175,7 @@ def _write_prompts(
             continue
         print("" if stream else f"{items[number].request.prompt}{result.text}")
         if weights:
-            print(_weights_table(result, tokenizer))
+            _show_weights(engine, result)
         found = f"; language {result.detected_language} (detected)" if result.detected_language else ""
         mean = ", ".join(f"{name} {weight:.2f}" for name, weight in result.mean_weights().items() if weight >= 0.005)
         print(f"  [{len(result.token_ids)} tokens{found}; mean weights: {mean}]", file=sys.stderr, flush=True)
@@ -184,10 +183,14 @@ def _write_prompts(
         begin(turn)
 
 
-def _weights_table(result: GenerationResult, tokenizer: Any) -> str:
-    """One line a token: its text, and the weight of each expert that ran."""
-    lines = []
-    for token, weights in zip(result.token_ids, result.weights, strict=True):
+def _show_weights(engine: Engine, result: GenerationResult) -> None:
+    """In a terminal the text in the colours of the experts; in a file one line a token, with the weight of each expert that ran."""
+    from megaxelm.ensemble.trace import print_weights, written_trace
+
+    trace = written_trace(engine.ensemble, engine.router.name, result.token_ids, result.weights)
+    if sys.stdout.isatty():
+        print_weights(trace)
+        return
+    for piece, weights in zip(trace.pieces, result.weights, strict=True):
         heard = "  ".join(f"{name} {weight:.2f}" for name, weight in zip(result.experts, weights, strict=True) if weight >= 0.005)
-        lines.append(f"  {tokenizer.decode([token])!r:16} {heard}")
-    return "\n".join(lines)
+        print(f"  {piece!r:16} {heard}")

@@ -62,6 +62,7 @@ def serve(
     except ImportError as error:
         raise ServeError(f"megaxelm serve needs the extra `serve` ({error.name} is missing): pip install 'megaxelm[serve]'") from None
     from megaxelm.serve.app import Service
+    from megaxelm.serve.chat import load_template
     from megaxelm.serve.limits import Limits
     from megaxelm.serve.metrics import Metrics
     from megaxelm.serve.runner import EngineRunner
@@ -90,17 +91,27 @@ def serve(
         if ensemble.settings.devices > 1:
             say_on_stderr(f"ensemble.devices = {ensemble.settings.devices}: a server holds all experts in one process")
         ensemble.tokenizer.encode(["x"])  # loads what it is made of, before two threads may want to
+        template = load_template(ensemble.tokenizer)
         called = name or _name_of(run, expert)
         routed = (
             f"the expert {expert} alone" if expert else f"router {engine.router.name}, {engine.top_m} of {len(ensemble.experts)} experts"
         )
         say_on_stderr(
             f"{called}: {routed}, {dtype} on {ensemble.device}; "
-            f"{max_batch} texts at one time, {max_queue} may wait; {'with' if key else 'no'} API key"
+            f"{max_batch} texts at one time, {max_queue} may wait; {'with' if key else 'no'} API key; "
+            f"{'chats' if template else 'no chat template'}"
         )
         metrics = Metrics(ensemble.experts)
         service = Service(
-            called, ensemble.experts, ensemble.tokenizer, EngineRunner(engine, limits.capacity, metrics), metrics, limits, key
+            called,
+            ensemble.experts,
+            ensemble.tokenizer,
+            EngineRunner(engine, limits.capacity, metrics),
+            metrics,
+            limits,
+            key,
+            engine.stack.config.max_positions,
+            template,
         )
         run_server(service, listening, say_on_stderr)
 

@@ -8,7 +8,7 @@ from typing import Any
 from megaxelm.ensemble.sampling import TokenEvent
 from megaxelm.serve.protocol import TokenizerLike
 
-_LOWEST_LOGPROB = -9999.0
+LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 
@@ -42,9 +42,11 @@ class Choice:
         self._index, self._texts, self._logprobs, self._experts = index, texts, logprobs, experts
         self._before = before
         self._offset = len(before)  # characters of the choice's text so far
+        self.fresh = True
+        """Whether nothing of it has been shown."""
 
     def part(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
-        """The choice as far as `events` bring it."""
+        """The choice as far as `events` bring it: all of it, if they are all."""
         written = "".join(event.text for event in events)
         part: dict[str, Any] = {
             "index": self._index,
@@ -57,8 +59,12 @@ class Choice:
                 "experts": list(self._experts),
                 "tokens": [[round(weight, 6) for weight in event.weights] for event in events],
             }
-        self._before = ""
+        self._before, self.fresh = "", False
         return part
+
+    def chunk(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        """What `events` add to the choice, for a stream."""
+        return self.part(events)
 
     def _logprobs_of(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         offsets = []
@@ -67,7 +73,7 @@ class Choice:
             self._offset += len(event.text)
         return {
             "tokens": [self._texts[event.token_id] for event in events],
-            "token_logprobs": [max(event.logprob, _LOWEST_LOGPROB) for event in events],
+            "token_logprobs": [max(event.logprob, LOWEST_LOGPROB) for event in events],
             "top_logprobs": [self._top(event) for event in events] if self._logprobs else None,
             "text_offset": offsets,
         }
@@ -76,7 +82,7 @@ class Choice:
         top: dict[str, float] = {}
         for token, logprob in event.top_logprobs:
             name = self._texts[token]
-            top[name if name not in top else f"token_id:{token}"] = max(logprob, _LOWEST_LOGPROB)
+            top[name if name not in top else f"token_id:{token}"] = max(logprob, LOWEST_LOGPROB)
         return top
 
 

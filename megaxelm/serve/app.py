@@ -19,11 +19,20 @@ from starlette.types import Receive, Scope, Send
 
 from megaxelm.errors import MegaxelmError
 from megaxelm.serve.answers import Choice, TokenTexts, usage
+from megaxelm.serve.chat import ChatChoice, ChatRequest, Template
 from megaxelm.serve.errors import ApiError, of_validation
 from megaxelm.serve.guard import HEALTH, Gate, Guard
 from megaxelm.serve.limits import Limits
 from megaxelm.serve.metrics import Metrics
-from megaxelm.serve.protocol import CompletionRequest, PromptText, TokenizerLike, generation_requests, read_prompts, refuse_unsupported
+from megaxelm.serve.protocol import (
+    CompletionRequest,
+    PromptText,
+    Sampling,
+    TokenizerLike,
+    generation_requests,
+    read_prompts,
+    refuse_unsupported,
+)
 from megaxelm.serve.runner import EngineRunner, QueueFull, Texts, Unavailable
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -32,7 +41,13 @@ _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", H
 
 @dataclass
 class Service:
-    """One model that is served. `name`: what clients call it; `experts`: names in the order of the weights."""
+    """One model that is served.
+
+    Args:
+        name: what clients call it. experts: names in the order of the weights.
+        positions: tokens that a text may have; a chat without `max_tokens` goes on so far.
+        template: of chats; None for a model that does not chat.
+    """
 
     name: str
     experts: Sequence[str]
@@ -41,6 +56,8 @@ class Service:
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
     key: str | None = None
+    positions: int = 2048
+    template: Template | None = None
     gate: Gate = field(default_factory=Gate)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -83,13 +100,18 @@ def make_app(service: Service) -> FastAPI:
         return answer if answer is not None else Response(status_code=499)
 
     @app.post("/v1/chat/completions")
-    async def chat() -> Response:
-        raise ApiError(
-            400,
-            f"{service.name} writes texts on and has no chat template, so turns of a chat would mean nothing to it; put your text into "
-            "`prompt` of /v1/completions",
-            code="chat_not_supported",
-        )
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        _check_model(service, body.model)
+        if service.template is None:
+            raise ApiError(
+                400,
+                f"{service.name} writes texts on: its tokenizer has no chat template, so turns of a chat would mean nothing to it; "
+                "put your text into `prompt` of /v1/completions",
+                code="chat_not_supported",
+            )
+        refuse_unsupported(body)
+        answer = await _unless_gone(request, lambda: _chat(service, body))
+        return answer if answer is not None else Response(status_code=499)
 
     def answered(path: str, status: int) -> None:
         service.metrics.request_answered(path if path in _PATHS else "other", status)
@@ -99,16 +121,42 @@ def make_app(service: Service) -> FastAPI:
 
 
 async def _complete(service: Service, body: CompletionRequest) -> Response:
-    limits, choices_each = service.limits, body.n or 1
-    prompts_given = 1 if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else len(body.prompt)
-    if prompts_given * choices_each > limits.texts:
-        raise ApiError(
-            400, f"{prompts_given} prompts with n = {choices_each}: at most {limits.texts} texts a request", "n", "invalid_value"
-        )
+    num_prompts = 1 if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else len(body.prompt)
+    _check_texts(service, body, num_prompts)
     prompts = await asyncio.to_thread(read_prompts, body.prompt, service.tokenizer)
-    max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
-    texts = await _submit(service, generation_requests(body, prompts, max_tokens, body.logprobs or 0, limits))
-    answer = _Answer(service, body, prompts)
+    experts = service.experts if body.weights else None
+    choices = [
+        Choice(number * (body.n or 1) + choice, service.texts, prompt.text if body.echo else "", body.logprobs, experts)
+        for number, prompt in enumerate(prompts)
+        for choice in range(body.n or 1)
+    ]
+    answer = _Answer(service, body, "cmpl", ("text_completion", "text_completion"), choices)
+    return await _write(service, body, prompts, body.max_tokens or _DEFAULT_MAX_TOKENS, body.logprobs or 0, answer)
+
+
+async def _chat(service: Service, body: ChatRequest) -> Response:
+    assert service.template is not None
+    _check_texts(service, body, 1)
+    ids = await asyncio.to_thread(service.template, [message.plain() for message in body.messages])
+    left = max(service.positions - len(ids), 1)
+    max_tokens = body.max_completion_tokens or body.max_tokens or min(left, service.limits.tokens or left)
+    experts = service.experts if body.weights else None
+    choices = [ChatChoice(choice, service.texts, "", body.num_logprobs, experts) for choice in range(body.n or 1)]
+    answer = _Answer(service, body, "chatcmpl", ("chat.completion", "chat.completion.chunk"), choices)
+    return await _write(service, body, [PromptText(ids, "")], max_tokens, body.num_logprobs or 0, answer)
+
+
+def _check_texts(service: Service, body: Sampling, num_prompts: int) -> None:
+    if num_prompts * (body.n or 1) > service.limits.texts:
+        raise ApiError(
+            400, f"{num_prompts} prompts with n = {body.n or 1}: at most {service.limits.texts} texts a request", "n", "invalid_value"
+        )
+
+
+async def _write(
+    service: Service, body: Sampling, prompts: Sequence[PromptText], max_tokens: int, logprobs: int, answer: _Answer
+) -> Response:
+    texts = await _submit(service, generation_requests(body, prompts, max_tokens, logprobs, service.limits))
     if body.stream:
         return _Stream(texts, answer)
     try:
@@ -133,15 +181,9 @@ async def _submit(service: Service, requests: Sequence[Any]) -> Texts:
 class _Answer:
     """Makes the answer to one request from the tokens of its texts."""
 
-    def __init__(self, service: Service, body: CompletionRequest, prompts: Sequence[PromptText]) -> None:
-        self._body, self._prompts = body, prompts
-        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": service.name}
-        experts = service.experts if body.weights else None
-        self._choices = [
-            Choice(number * (body.n or 1) + choice, service.texts, prompt.text if body.echo else "", body.logprobs, experts)
-            for number, prompt in enumerate(prompts)
-            for choice in range(body.n or 1)
-        ]
+    def __init__(self, service: Service, body: Sampling, prefix: str, objects: tuple[str, str], choices: Sequence[Choice]) -> None:
+        self._body, self._objects, self._choices = body, objects, choices
+        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
     async def whole(self, texts: Texts) -> Response:
         events: list[list[Any]] = [[] for _ in self._choices]
@@ -151,24 +193,25 @@ class _Answer:
         except Unavailable as error:
             raise ApiError(503, str(error), code="unavailable") from None
         parts = [choice.part(found) for choice, found in zip(self._choices, events, strict=True)]
-        return _json(self._head | {"choices": parts, "usage": self._usage(texts, sum(map(len, events)))})
+        return _json(self._head | {"object": self._objects[0], "choices": parts, "usage": self._usage(texts, sum(map(len, events)))})
 
     async def chunks(self, texts: Texts) -> AsyncIterator[bytes]:
         """Server-sent events, one a token; the last says [DONE], unless the engine failed."""
         wants_usage = self._body.stream_options is not None and bool(self._body.stream_options.include_usage)
-        head = self._head | ({"usage": None} if wants_usage else {})
+        head = self._head | {"object": self._objects[1]} | ({"usage": None} if wants_usage else {})
+        shows_tokens = self._body.weights or self._body.logprobs not in (None, False)
         written = 0
         try:
             async for index, event in texts:
                 written += 1
                 # Nothing to show: a character or a stop string may be unfinished.
-                if event.text or event.finish_reason or written == 1 or self._body.logprobs is not None or self._body.weights:
-                    yield _sse(head | {"choices": [self._choices[index].part([event])]})
+                if event.text or event.finish_reason or self._choices[index].fresh or shows_tokens:
+                    yield _sse(head | {"choices": [self._choices[index].chunk([event])]})
         except Unavailable as error:
             yield _sse(ApiError(503, str(error), code="unavailable").body())
             return
         if wants_usage:
-            yield _sse(self._head | {"choices": [], "usage": self._usage(texts, written)})
+            yield _sse(head | {"choices": [], "usage": self._usage(texts, written)})
         yield b"data: [DONE]\n\n"
 
     def _usage(self, texts: Texts, written: int) -> dict[str, int]:
@@ -225,7 +268,7 @@ def _sse(value: Any) -> bytes:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    fields = list(CompletionRequest.model_fields)
+    fields = {"/v1/completions": list(CompletionRequest.model_fields), "/v1/chat/completions": list(ChatRequest.model_fields)}
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -233,7 +276,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return of_validation(error.errors(), fields).response()
+        return of_validation(error.errors(), fields.get(request.url.path, [])).response()
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

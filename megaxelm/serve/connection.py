@@ -35,13 +35,9 @@ class TimedConnection(H11Protocol):
         if not self._between_requests():
             self._forget()
         elif self._too_late is None:
-            self._too_late = self.loop.call_later(self.head_seconds, self._end)
+            self._too_late = self.loop.call_later(self.head_seconds, self.transport.close)
 
     def _forget(self) -> None:
         if self._too_late is not None:
             self._too_late.cancel()
             self._too_late = None
-
-    def _end(self) -> None:
-        if self._between_requests():
-            self.transport.close()

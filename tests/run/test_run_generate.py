@@ -38,6 +38,12 @@ def test_the_text_and_its_weights(run: Path, capsys: pytest.CaptureFixture[str])
     assert "south" not in command(capsys, run, "--prompt", "one", "--max-new-tokens", 3, "--weights", "--expert", "north")[1]
 
 
+def test_in_a_terminal_the_weights_are_colours(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    _, out, _ = command(capsys, run, "--prompt", "one", "--max-new-tokens", 3, "--weights")
+    assert "router uniform; mean weights: " in out and "■ north 0.50" in out and "■ south 0.50" in out
+
+
 def test_a_stream_prints_what_is_printed_at_the_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, errors = command(capsys, run, *PROMPTS, *SAMPLED)
     assert command(capsys, run, *PROMPTS, *SAMPLED, "--stream") == (0, out, errors)
@@ -72,10 +78,14 @@ def test_sampling_options_arrive(run: Path, capsys: pytest.CaptureFixture[str]) 
     greedy = command(capsys, run, "--prompt", "one", "--max-new-tokens", 12)[1]
     for option in (("--top-k", 1), ("--min-p", 0.999), ("--top-p", 1e-6)):
         assert command(capsys, run, "--prompt", "one", "--max-new-tokens", 12, "--temperature", 1, *option)[1] == greedy, option
-    last = greedy.strip("\n").rstrip("\ufffd")[-1]
-    assert command(capsys, run, "--prompt", "one", "--max-new-tokens", 12, "--stop", last)[1].startswith("one")
-    code, out, _ = command(capsys, run, "--prompt", "one", "--max-new-tokens", 6, "--dtype", "bfloat16", "--json")
-    assert code == 0 and json.loads(out)["num_tokens"] <= 6
+    stop = greedy.strip("\n").removeprefix("one")[2]
+    stopped = command(capsys, run, "--prompt", "one", "--max-new-tokens", 12, "--stop", stop)[1]
+    assert stopped == f"one{greedy.removeprefix('one').split(stop)[0]}\n"
+    logprobs = []
+    for dtype in ("float32", "bfloat16"):
+        code, out, _ = command(capsys, run, "--prompt", "one", "--max-new-tokens", 1, "--dtype", dtype, "--json")
+        logprobs.append(json.loads(out)["logprob"])
+    assert logprobs[0] != logprobs[1] and logprobs[0] == pytest.approx(logprobs[1], abs=0.5)
 
 
 def test_a_draft_changes_nothing_greedy_and_is_accounted_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from megaxelm.errors import ServeError
 from megaxelm.serve.answers import TokenTexts
+from megaxelm.serve.errors import ApiError
 from megaxelm.serve.limits import Limits
 from megaxelm.serve.protocol import CompletionRequest
 
@@ -112,6 +113,12 @@ def test_a_body_that_is_no_json_object_is_refused(make_service: Callable[..., An
     with make_service().test_client() as client:
         error = error_of(client.post("/v1/completions", content=content, headers={"content-type": kind}), 400)
         assert words in error["message"]
+
+
+def test_an_error_is_sent_whatever_it_quotes() -> None:
+    assert (
+        b'"message":"not ? here","type":"invalid_request_error","param":"?"' in ApiError(400, "not \ud800 here", "\ud800").response().body
+    )
 
 
 def test_a_wrong_path_or_method_is_told_where_to_go(make_service: Callable[..., Any]) -> None:
