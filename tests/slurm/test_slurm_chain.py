@@ -84,7 +84,7 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
     assert again.returncode == 2 and "are still in the queue" in again.stderr
     array = read_json(run / "slurm.json", jobs=dict)["jobs"]["experts"]["job"]
 
-    until(lambda: "RUNNING" in squeue(f"--jobs={array}", "--format=%T"), 120, lambda: squeue() + logs(run))
+    until(lambda: "RUNNING" in squeue(f"--jobs={array}", "--format=%T"), 300, lambda: squeue() + logs(run))
     names = read_json(run / "clusters" / "report.json", names=list)["names"]
     assert len(names) == 4
 
@@ -94,16 +94,16 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
     def message() -> str:
         return squeue() + subprocess.run(["sinfo"], capture_output=True, text=True).stdout + logs(run)
 
-    until(lambda: running_beyond(0, 30), 90, message)
+    until(lambda: running_beyond(0, 30), 300, message)
     shown = status(run)
     assert shown["seed"]["state"] == "done" and shown[names[0]]["state"] == "running" and shown[names[3]]["state"] == "waiting"
     assert shown[names[0]]["slurm"].startswith(f"job {array}_0 running on n") and "pending" in shown[names[3]]["slurm"]
     subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
-    until(lambda: running_beyond(1, 30), 90, message)
+    until(lambda: running_beyond(1, 30), 300, message)
     # by its own number: of a task of an array scancel asks again and again
     job = squeue(f"--jobs={array}_1", "--format=%A").strip()
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
-    until(lambda: status(run)[names[1]]["state"] == "preempted", 60, message)
+    until(lambda: status(run)[names[1]]["state"] == "preempted", 200, message)
 
     # whichever member is then in its middle on the second node loses that node
     def on_second_node() -> int | None:
@@ -113,11 +113,11 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Slurm, tmp_path:
                 return int(task) + 1
         return None
 
-    task = until(on_second_node, 90, message) - 1
+    task = until(on_second_node, 300, message) - 1
     job = until(lambda: squeue(f"--jobs={array}_{task}", "--format=%A").strip(), 5, message)
     cluster.lose_node("n2", job)
     try:
-        until(lambda: (run / "evaluation" / "results.json").exists() and not squeue().strip(), 240, message)
+        until(lambda: (run / "evaluation" / "results.json").exists() and not squeue().strip(), 600, message)
     finally:
         cluster.start_node("n2")
     folder = RunFolder(run)
@@ -146,9 +146,9 @@ def test_a_model_on_two_nodes_reads_a_staged_index_and_goes_on_after_a_signal(cl
         log = tmp_path / "seed.log"
         return squeue() + (log.read_text(errors="replace")[-6000:] if log.exists() else "no log")
 
-    until(lambda: step_of(indexed_run, "seed") >= 20, 90, message)
+    until(lambda: step_of(indexed_run, "seed") >= 20, 300, message)
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    until(lambda: not squeue().strip(), 120, message)
+    until(lambda: not squeue().strip(), 300, message)
     log = (tmp_path / "seed.log").read_text()
     assert RunFolder(indexed_run).marker("experts/seed") is not None, log
     choices = read_json(indexed_run / "experts" / "seed" / "choices.json")
