@@ -22,8 +22,8 @@ import json
 import math
 import platform
 import statistics
-import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,8 +38,9 @@ from megaxelm.ensemble.routers import RouterData, UniformRouter
 from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
 from megaxelm.ensemble.scoring import score_documents
 from megaxelm.model.config import DecoderConfig, config_from_recipe, num_parameters
-from megaxelm.model.decoder import Decoder
-from megaxelm.model.hub import load_pretrained, open_pretrained, save_pretrained
+from megaxelm.model.decoder import TABLES, Decoder, parameter_shapes
+from megaxelm.model.families import get_family, hf_name
+from megaxelm.model.source import WeightSource
 from megaxelm.recipe import ModelConfig
 
 SHAPES: dict[str, tuple[ModelConfig, int]] = {
@@ -47,6 +48,14 @@ SHAPES: dict[str, tuple[ModelConfig, int]] = {
     "66m": (ModelConfig(family="llama", hidden_size=512, num_layers=8, num_heads=8, intermediate_size=2730, max_positions=4096), 32000),
     "1.7b": (ModelConfig(family="xglm", hidden_size=2048, num_layers=24, num_heads=16, intermediate_size=8192, max_positions=2048), 256008),
 }
+
+
+def shape_config(shape: str) -> DecoderConfig:
+    """The configuration of an expert."""
+    model, vocab = SHAPES[shape]
+    return config_from_recipe(model, vocab, 0, 1, 2)
+
+
 Step = Callable[[], list[int]]
 
 
@@ -85,35 +94,46 @@ class NoText:
         return ""
 
 
-def make_experts(shape: str, number: int, dtype: torch.dtype, folder: Path) -> tuple[DecoderConfig, list[Path]]:
-    """Random experts as Hugging Face folders."""
-    model, vocab = SHAPES[shape]
-    config = config_from_recipe(model, vocab, 0, 1, 2)
-    paths = []
-    for seed in range(number):
-        path = folder / f"e{seed}"
-        if not path.exists():
-            decoder = Decoder(config)
-            decoder.initialise(seed)
-            with torch.no_grad():
-                for layer in decoder.layers:  # predictions that are not all alike
-                    for parameter in layer.parameters():
-                        if parameter.ndim == 2:
-                            parameter.mul_(2)
-            save_pretrained(decoder, path, dtype=dtype)
-        paths.append(path)
-    return config, paths
+def random_source(config: DecoderConfig, seed: int, dtype: torch.dtype, device: torch.device) -> WeightSource:
+    """An expert of random weights, drawn on the device tensor by tensor: 1.7B parameters need no disk and no minute."""
+    shapes = parameter_shapes(config)
+
+    def weight(name: str) -> Tensor:
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        shape = shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, float(name.endswith("norm.weight")), dtype=dtype, device=device)
+        deviation = 0.04 if name.startswith("layers") else 0.02  # predictions that are not all alike
+        tensor = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, deviation, generator=generator)
+        if name in TABLES:
+            tensor[config.vocab_size :] = 0
+        return tensor
+
+    return WeightSource(config, weight)
 
 
-def foreign(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' own model."""
+def foreign(source: WeightSource, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own model with the same weights."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except ValueError:  # XGLM has eager attention only
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
-    return model.to(device).eval()
+    config, family = source.config, get_family(source.config.family)
+    attention = "eager" if config.family == "xglm" else "sdpa"  # transformers has no other attention for XGLM
+    model = AutoModelForCausalLM.from_config(family.config_to_hf(config), dtype=dtype, attn_implementation=attention).to(device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in parameter_shapes(config):
+            target = parameters[hf_name(family, name)]
+            target.copy_(source.weight(name)[: target.shape[0]])
+    return model.eval()
+
+
+def own(source: WeightSource, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Our decoder of one expert, for scoring."""
+    decoder = Decoder(source.config).to(device, dtype)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(source.weight(name))
+    return decoder.eval()
 
 
 def mix(logits: Sequence[Tensor]) -> Tensor:
@@ -274,25 +294,26 @@ def compare(sides: dict[str, Step], gaps: list[list[float]], steps: int, bound: 
     return differ
 
 
-def decode(options: argparse.Namespace, experts: int, batch: int, context: int, folder: Path, rate: float) -> list[Row]:
+def decode(options: argparse.Namespace, experts: int, batch: int, context: int, rate: float) -> list[Row]:
     """All sides at one setting."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    config, paths = make_experts(options.shape, experts, dtype, folder)
+    config = shape_config(options.shape)
+    sources = [random_source(config, seed, dtype, device) for seed in range(experts)]
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, config.vocab_size, (batch, context), generator=generator)
     prompts[:, 0] = NoText.start_id
-    names = [path.name for path in paths]
+    names = [f"e{seed}" for seed in range(experts)]
     ensemble = Ensemble(
         names,
-        [lambda path=path: load_pretrained(path, dtype) for path in paths],  # type: ignore[misc]
+        [],
         NoText(config.vocab_size),  # type: ignore[arg-type]
         RouterData(names),
         EnsembleSettings("uniform"),
-        sources=[lambda path=path: open_pretrained(path) for path in paths],  # type: ignore[misc]
+        sources=[lambda source=source: source for source in sources],  # type: ignore[misc]
         dtype=dtype,
         device=device,
     )
-    models = [foreign(path, dtype, device) for path in paths]
+    models = [foreign(source, dtype, device) for source in sources]
     total = options.tokens * (options.turns + 1) + 2
     on_device = prompts.to(device)
     loop = Loop(models, on_device)
@@ -328,14 +349,15 @@ def decode(options: argparse.Namespace, experts: int, batch: int, context: int, 
     return rows
 
 
-def score(options: argparse.Namespace, experts: int, folder: Path) -> dict[str, Any]:
+def score(options: argparse.Namespace, experts: int) -> dict[str, Any]:
     """Log-likelihood of long texts under the uniform mixture: ours, and transformers' models with logits in chunks of rows."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    config, paths = make_experts(options.shape, experts, dtype, folder)
+    config = shape_config(options.shape)
+    sources = [random_source(config, seed, dtype, device) for seed in range(experts)]
     length, number = options.score_length, options.score_texts
     texts = torch.randint(3, config.vocab_size, (number, length), generator=torch.Generator().manual_seed(2))
-    decoders = [load_pretrained(path, dtype).to(device) for path in paths]
-    models = [foreign(path, dtype, device) for path in paths]
+    decoders = [own(source, dtype, device) for source in sources]
+    models = [foreign(source, dtype, device) for source in sources]
 
     def ours() -> list[float]:
         found = score_documents([lambda d=d: d for d in decoders], texts.tolist(), 0, UniformRouter(experts))  # type: ignore[misc]
@@ -398,17 +420,17 @@ def main() -> None:
     import transformers
 
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with torch.inference_mode():
         device = torch.device(options.device)
         rate = read_rate(device)
         for experts in options.experts:
             if options.scoring:
-                rows.append(score(options, experts, Path(folder)))
+                rows.append(score(options, experts))
                 print(rows[-1], flush=True)
                 continue
             for batch in options.batch:
                 for context in options.context:
-                    for row in decode(options, experts, batch, context, Path(folder), rate):
+                    for row in decode(options, experts, batch, context, rate):
                         rows.append(asdict(row))
                         print(
                             f"{row.side:9s} experts {row.experts} batch {row.batch:2d} context {row.context:4d}: {row.ms:8.2f} ms a step "

@@ -34,10 +34,12 @@ PYTHON
 
 failed=0
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
-part tests 240 python3 -m pytest -q -m gpu tests/kernels tests/model
-for op in head_loss norms activations rotary attention; do
+part tests 240 python3 -m pytest -q -m gpu tests/kernels tests/model tests/ensemble
+for op in head_loss norms activations rotary attention decode_ops mixture; do
     part "kernels_$op" 100 python3 benchmarks/kernels.py --ops "$op"
 done
+part decode 240 python3 benchmarks/decode.py --shape 1.7b --experts 4 --batch 1,8,64 --context 512 --tokens 16 --turns 2
+part score 150 python3 benchmarks/decode.py --shape 1.7b --experts 4 --scoring --score-length 2048 --score-texts 8 --turns 2
 part training_step 180 python3 benchmarks/training_step.py
 part training 180 python3 benchmarks/training.py --hidden-size 2048 --layers 12 --heads 16 --intermediate 5632 --vocab 32000 --length 2048 \
     --micro-batch 4 --accumulation 2 --steps 6

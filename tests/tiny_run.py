@@ -64,7 +64,7 @@ def load_tokenizer_of(run: Path, folder: Path) -> None:
     Stages(RunFolder(run), recipe, say=lambda text: None).run(until="index")
 
 
-def run_module(*arguments: str, timeout: int = 180, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str, timeout: int = 480, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m ...` as a user would, with the tools of this environment on the PATH."""
     env = dict(os.environ) | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"} | variables
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
