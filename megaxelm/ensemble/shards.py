@@ -7,8 +7,10 @@ router that learns from the experts their log-probability of it.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -76,6 +78,25 @@ def join_ranks(num_experts: int, device: torch.device) -> Shards | None:
 
 
 def run_on_devices(devices: int, arguments: list[str]) -> int:
-    """Run `megaxelm` with these arguments in as many processes on this machine, by torchrun; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
-    return subprocess.run([*launcher, "-m", "megaxelm.cli", *arguments], check=False).returncode
+    """Run `megaxelm` with these arguments as so many ranks on this machine; the exit code of the first that fails, or 0.
+
+    When one fails, the others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = dict(os.environ) | {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "megaxelm.cli", *arguments]
+    ranks = [subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(devices)]
+    try:
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            failed = [code for code in codes if code]
+            if failed or all(code == 0 for code in codes):
+                return failed[0] if failed else 0
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.terminate()
+        for rank in ranks:
+            rank.wait()
