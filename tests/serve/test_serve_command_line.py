@@ -18,7 +18,10 @@ import openai
 import pytest
 from scripted_engine import wait_for
 from tiny_mixture import write_mixture
-from tiny_run import REPOSITORY, run_module
+from tiny_run import REPOSITORY
+
+from megaxelm.cli import app
+from megaxelm.console import run_guarded
 
 PYTHONPATH = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"
 
@@ -120,15 +123,12 @@ def test_a_client_killed_in_the_middle_of_a_stream_leaves_the_server_to_the_othe
     assert server.metric("megaxelm_engine_alive") == 1
 
 
-def test_without_the_extra_the_way_to_it_is_told(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['uvicorn'] = None; from megaxelm.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "serve", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ) | {"PYTHONPATH": PYTHONPATH},
-    )
-    assert done.returncode == 2 and "pip install 'megaxelm[serve]'" in done.stderr and "Traceback" not in done.stderr
+def test_without_the_extra_the_way_to_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # an import of it fails
+    assert run_guarded(lambda: app(["serve", str(tmp_path)], standalone_mode=False)) == 2
+    assert "pip install 'megaxelm[serve]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,11 @@ def test_without_the_extra_the_way_to_it_is_told(tmp_path: Path) -> None:
         (("--host", "0.0.0.0"), "--api-key-file"),
         (("--max-queue", "-1"), "queue = -1"),
         (("--api-key-file", "no.such"), "cannot be read"),
+        ((), "not an ensemble folder"),
     ],
 )
-def test_a_server_that_may_not_start_says_why(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
-    done = run_module("megaxelm.cli", "serve", str(tmp_path), "--port", "0", *arguments)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_a_server_that_may_not_start_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    assert run_guarded(lambda: app(["serve", str(tmp_path), "--port", "0", *arguments], standalone_mode=False)) == 2
+    assert words in capsys.readouterr().err

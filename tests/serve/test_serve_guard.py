@@ -176,7 +176,7 @@ def process(stop_seconds: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_lets_running_requests_end_and_refuses_new_ones(number: signal.Signals) -> None:
     with process(stop_seconds=20) as (server, url):
         client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
