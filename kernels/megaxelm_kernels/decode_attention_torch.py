@@ -29,6 +29,8 @@ class SlotOrder:
     """Of the slots, read where they lie. None: the slots of the rows are copied, or read row by row."""
     rows: Tensor | None
     """[R], each row's place in `view`; None if they lie there one after another."""
+    index: Tensor | None
+    """[R], the slots to be copied; None with a view."""
     hidden: Tensor | None
     """bool [slots of the view or rows, 1, 1, places], True where a row may not look; None if all see the same places."""
     empty: Tensor | None
@@ -52,14 +54,15 @@ def order_slots(keys: Tensor, slots: Tensor, lengths: Tensor, *, longest: int, s
     width = places.stop - places.start
     place_bytes = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
     wanted = sum(length - first for first, length in seen)
-    view, rows, count = _view(slot_list)
+    view, places_of_rows, count = _view(slot_list)
+    rows = None if places_of_rows is None else torch.tensor(places_of_rows, device=keys.device)
     # A copy is read, written and read again.
     read = count * width if view is not None else 3 * len(slot_list) * width
     row_by_row = (read - wanted) * place_bytes > CALL_BYTES * len(slot_list)
     empty = [row for row, length in enumerate(length_list) if not length]
     hidden = None
     if not row_by_row and (empty or len(set(seen)) > 1):
-        hidden = _hidden(lengths, rows if view is not None else None, count if view is not None else len(slot_list), places, sliding_window)
+        hidden = _hidden(lengths, rows, count, places, sliding_window)
     return SlotOrder(
         slots=tuple(slot_list),
         lengths=tuple(length_list),
@@ -67,15 +70,16 @@ def order_slots(keys: Tensor, slots: Tensor, lengths: Tensor, *, longest: int, s
         places=places,
         view=view,
         rows=rows,
+        index=slots if view is None else None,
         hidden=hidden,
         empty=torch.tensor(empty, device=keys.device) if empty else None,
         row_by_row=row_by_row,
     )
 
 
-def _view(slots: list[int]) -> tuple[slice | None, Tensor | None, int]:
-    """The slots from the first to the last one used, the rows' places there, and their number; no view if a slot is used twice or most
-    of them by none."""
+def _view(slots: list[int]) -> tuple[slice | None, list[int] | None, int]:
+    """The slots from the first to the last one used, the rows' places there if not in order, and how many slots are read; no view if a
+    slot is used twice or most of them by none."""
     if not slots:
         return slice(0, 0), None, 0
     first, count = min(slots), max(slots) - min(slots) + 1
@@ -83,12 +87,12 @@ def _view(slots: list[int]) -> tuple[slice | None, Tensor | None, int]:
         return None, None, len(slots)
     if slots == list(range(first, first + count)):
         return slice(first, first + count), None, count
-    return slice(first, first + count), torch.tensor([slot - first for slot in slots]), count
+    return slice(first, first + count), [slot - first for slot in slots], count
 
 
 def _hidden(lengths: Tensor, rows: Tensor | None, count: int, places: slice, sliding_window: int | None) -> Tensor:
     if rows is not None:
-        lengths = lengths.new_zeros(count).index_copy_(0, rows.to(lengths.device), lengths)
+        lengths = lengths.new_zeros(count).index_copy_(0, rows, lengths)
     place = torch.arange(places.start, places.stop, device=lengths.device)
     hidden = place >= lengths[:, None]
     if sliding_window is not None:
@@ -102,13 +106,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, order: SlotOrder, scale: flo
         return torch.zeros_like(q)
     if order.row_by_row:
         return _attend_rows(q, keys, values, order, scale, range(len(order.slots)), torch.zeros_like(q))
-    if order.view is not None:
-        keys_seen, values_seen = keys[order.view, :, order.places], values[order.view, :, order.places]
+    if order.index is None:
+        keys_seen, values_seen = (cache[order.view, :, order.places] for cache in (keys, values))
     else:
-        index = torch.tensor(order.slots, device=keys.device)
-        keys_seen, values_seen = keys[:, :, order.places].index_select(0, index), values[:, :, order.places].index_select(0, index)
+        keys_seen, values_seen = (cache[:, :, order.places].index_select(0, order.index) for cache in (keys, values))
     slots_seen, kv_heads = keys_seen.shape[:2]
-    in_order = q if order.rows is None else q.new_zeros(slots_seen, *q.shape[1:]).index_copy_(0, order.rows.to(q.device), q)
+    in_order = q if order.rows is None else q.new_zeros(slots_seen, *q.shape[1:]).index_copy_(0, order.rows, q)
     # The query heads of one key head are rows of one product: keys and values are read once for all of them.
     queries = in_order.reshape(slots_seen, kv_heads, -1, q.shape[-1])
     if order.hidden is None:
@@ -117,7 +120,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, order: SlotOrder, scale: flo
         out = _masked(queries, keys_seen, values_seen, order.hidden, scale)
     out = out.reshape(in_order.shape)
     if order.rows is not None:
-        out = out.index_select(0, order.rows.to(q.device))
+        out = out.index_select(0, order.rows)
     if order.hidden is None:
         return out
     if order.empty is not None:

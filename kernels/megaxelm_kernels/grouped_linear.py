@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaxelm_kernels.row_groups import RowGroups
@@ -89,7 +88,10 @@ def _one_count(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_
     size_out, size_in = weight.shape[1:]
     if x.dtype != torch.float32 or count > (FEW_ROWS if size_out >= size_in else FEWEST_ROWS):
         if num_groups == 1:
-            out.copy_(F.linear(x, weight[0], None if bias is None else bias[0]))
+            if bias is None:
+                torch.mm(x, weight[0].t(), out=out)
+            else:
+                torch.addmm(bias[0], x, weight[0].t(), out=out)
             return
         rows, out_rows = x.view(num_groups, count, size_in), out.view(num_groups, count, size_out)
         if bias is None:

@@ -180,12 +180,22 @@ def test_the_bound_may_be_far_above_the_lengths() -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @KERNELS_BOTH
-def test_queries_with_room_between_them_and_a_scale(kernels: str) -> None:
-    given = inputs([9, 4], heads=(6, 3)) | {"scale": 0.7}
+def test_queries_with_room_between_them(kernels: str) -> None:
+    given = inputs([9, 4], heads=(6, 3))
     packed = torch.full((2, 9, 20), torch.nan, device=DEVICE)
     packed[:, 2:8, 1:17] = given["q"]
     check(given | {"q": packed[:, 2:8, 1:17]}, kernels=kernels)
     check(given | {"q": given["q"].transpose(1, 2).contiguous().transpose(1, 2)}, kernels=kernels)
+
+
+@KERNELS_BOTH
+@pytest.mark.parametrize("call_bytes", [0, 1 << 60])
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
+def test_a_scale_of_the_callers(lengths: list[int], call_bytes: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(decode_attention_torch, "CALL_BYTES", call_bytes)
+    check(inputs(lengths, heads=(6, 3)) | {"scale": 0.7}, kernels=kernels)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -197,18 +207,19 @@ def test_a_row_is_stored_in_its_place_and_nothing_else_is_touched(heads: tuple[i
     generator = torch.Generator().manual_seed(0)
     keys, values, k, v = (
         torch.randn(size, kv_heads, *rest, head_dim, generator=generator).to(dtype).to(DEVICE)
-        for size, rest in ((4, (6,)),) * 2 + ((5, ()),) * 2
+        for size, rest in ((4, (6,)),) * 2 + ((6, ()),) * 2
     )
     expected = keys.clone(), values.clone()
-    slots, positions = [3, 0, 3, 1, -77], [5, 0, 2, 6, -1]  # the last two are padding
+    slots, positions = [3, 0, 3, 1, 2, -77], [5, 0, 2, 6, -1, -1]  # the last three are padding
     for row in range(3):
         for cache, new in zip(expected, (k, v), strict=True):
             cache[slots[row], :, positions[row]] = new[row]
     index = [torch.tensor(value, dtype=torch.int64, device=DEVICE) for value in (slots, positions)]
     store_kv(keys, values, k.transpose(0, 1).contiguous().transpose(0, 1), v, *index, kernels=kernels)
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
-    store_kv(keys, values, k[:0], v[:0], index[0][:0], index[1][:0], kernels=kernels)
-    assert torch.equal(keys, expected[0])
+    for some in (slice(0), slice(3, 4), slice(4, 5)):  # no row, and padding of either kind alone
+        store_kv(keys, values, k[some], v[some], index[0][some], index[1][some], kernels=kernels)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
 
 def test_grids_do_not_depend_on_the_lengths_and_fill_the_device() -> None:

@@ -47,15 +47,16 @@ def norm(kind: str, given: dict[str, Any], **options: Any) -> tuple[Tensor, ...]
     return out if isinstance(out, tuple) else (out,)
 
 
-def check(kind: str, given: dict[str, Any], factor: float = 2.0, **options: Any) -> None:
-    """Error at most `factor` times that of torch's norm of each group in the same type, plus a few roundings."""
-    found = norm(kind, given, **options)
+def check(kind: str, given: dict[str, Any], kernels: str) -> None:
+    """Error at most 1.2 times that of torch's norm of each group in the same type, plus a few roundings in fp32: so each element is
+    rounded once. The interpreter is allowed twice as much and a rounding more, since it cuts off where a GPU rounds to bf16."""
+    cuts = kernels == "triton" and DEVICE == "cpu"
+    found = norm(kind, given, kernels=kernels)
     x, groups = given["x"], given["groups"]
     assert len(found) == 1 + ("residual" in given)
     total = x + given["residual"] if "residual" in given else x
     if "residual" in given:
-        # The interpreter cuts off where a GPU rounds to bf16.
-        allowed = torch.finfo(x.dtype).eps if x.dtype == torch.bfloat16 else 0.0
+        allowed = torch.finfo(x.dtype).eps if cuts and x.dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(found[1], total, rtol=allowed, atol=0.0)
         total = found[1]
     bias = given.get("bias")
@@ -74,16 +75,16 @@ def check(kind: str, given: dict[str, Any], factor: float = 2.0, **options: Any)
         return
     largest = truth.abs().max().clamp_min(1.0)
     floor = 4 * torch.finfo(torch.float32).eps * largest
-    if x.dtype not in (torch.float32, torch.float64):
+    if cuts and x.dtype not in (torch.float32, torch.float64):
         floor += torch.finfo(x.dtype).eps * largest
-    assert (found[0].double() - truth).abs().max() <= factor * (judge - truth).abs().max() + floor
+    assert (found[0].double() - truth).abs().max() <= (2.4 if cuts else 1.2) * (judge - truth).abs().max() + floor
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kernels", norms.KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("counts", "size"), [([1, 1, 1], 63), ([0, 5, 2], 127), ([2, 0, 1], 2049), ([3], 1), ([0, 0], 8), ([7, 0, 4, 1], 256)]
+    ("counts", "size"), [([1, 1, 1], 63), ([0, 5, 2], 127), ([2, 0, 1], 2049), ([3], 1), ([0, 0], 8), ([7, 0, 4, 1], 256), ([2, 1, 3], 300)]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_close_to_fp64_as_the_norm_of_a_group(kind: str, counts: list[int], size: int, dtype: torch.dtype, kernels: str) -> None:
