@@ -1,25 +1,20 @@
-"""The next token of a mixture, by torch and by Triton (its interpreter without a GPU): against fp64, identities, what must not matter."""
+"""The next token of a mixture, by torch and by Triton (its interpreter without a GPU): against fp64, and what must not matter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from mixtures import DEVICE, NONE, WAYS, Problem, poison_memory, problem, sampling, usual
 from torch import Tensor
 
 from megaxelm_kernels import mixture
-from megaxelm_kernels.gumbel import expert_noise, gumbel_noise, stream_keys, vocabulary_noise
-from megaxelm_kernels.mixture import (
-    Sampling,
-    choose_tokens,
-    draw_expert_then_token,
-    mixture_logprobs,
-    mixture_next_token,
-    partial_mixture,
-)
+from megaxelm_kernels.gumbel import gumbel_noise, stream_keys, vocabulary_noise
+from megaxelm_kernels.mixture import Sampling, choose_tokens, mixture_logprobs, mixture_next_token
 from megaxelm_kernels.row_groups import RowGroups
+from megaxelm_kernels.token_choice import allowed_tokens
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
@@ -27,83 +22,17 @@ import triton.language as tl  # noqa: E402
 from megaxelm_kernels import mixture_triton  # noqa: E402
 from megaxelm_kernels.mixture_head_triton import stream_key, token_noise  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH = pytest.mark.parametrize("kernels", ["torch", "triton"])
 COMBINE = pytest.mark.parametrize("combine", mixture.COMBINE)
-NONE = -torch.inf
+# The interpreter's numpy tells of the rows of NaN, which are meant, and of the logarithm of what lies beyond the vocabulary.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # The interpreter cuts fp32 off to bf16 where a GPU rounds; logits stay in fp32, so bf16 is then closer than torch.
 FACTOR = 3.0
 
 
-@dataclass
-class Problem:
-    hidden: Tensor
-    heads: Tensor
-    groups: RowGroups
-    rows: Tensor
-    log_w: Tensor
-    vocab: int
-
-    def __iter__(self) -> Any:
-        return iter((self.hidden, self.heads, self.groups, self.rows, self.log_w))
-
-    def logits(self) -> Tensor:
-        """Of all rows in fp64."""
-        heads = self.heads[self.groups.group_of_row, : self.vocab].double()
-        return (heads @ self.hidden.double()[..., None])[..., 0]
-
-    def logprobs(self, combine: str = "mixture", temperature: float = 1.0) -> Tensor:
-        """The formula in fp64, a sequence after the other; logits divided by `temperature` first."""
-        logits, mixed = self.logits() / temperature, []
-        for row, log_w in zip(self.rows.tolist(), self.log_w.double(), strict=True):
-            there = [slot for slot, weight in enumerate(log_w.tolist()) if weight > NONE]
-            z, w = logits[[row[slot] for slot in there]], log_w[there, None]
-            mixed.append((w + z.log_softmax(-1)).logsumexp(0) if combine == "mixture" else (w.exp() * z).sum(0).log_softmax(-1))
-        return torch.stack(mixed)
-
-
-def problem(counts: list[int], rows: list[list[int]], vocab: int, hidden: int = 24, seed: int = 0, padding: int = 5) -> Problem:
-    """Random heads a group, padded; weights of each sequence normalised, those of a row below 0 dropped (row -1 - r, full of NaN)."""
-    g = torch.Generator().manual_seed(seed)
-    states = torch.randn(sum(counts), hidden, generator=g)
-    heads = torch.randn(len(counts), vocab + padding, hidden, generator=g) * 0.6
-    at = torch.tensor(rows)
-    log_w = torch.randn(at.shape, generator=g).masked_fill(at < 0, NONE).log_softmax(-1)
-    at = torch.where(at < 0, -1 - at, at)
-    unused = sorted(set(range(sum(counts))) - set(at[log_w > NONE].tolist()))
-    states[unused] = torch.nan
-    return Problem(states.to(DEVICE), heads.to(DEVICE), RowGroups.from_counts(counts, DEVICE), at.to(DEVICE), log_w.to(DEVICE), vocab)
-
-
-def usual(vocab: int = 250, **options: Any) -> Problem:
-    """5 sequences of 3 experts out of 4: uneven groups, one empty; 2 dropped, of which one points at another sequence's row."""
-    rows = [[0, 5, 9], [1, 6, 10], [2, -8, 11], [3, 8, 12], [4, -1, 13]]
-    return problem([5, 0, 4, 5], rows, vocab, **options)
-
-
-def sampling(batch: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0) -> Sampling:
-    def fill(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((batch,), value, dtype=dtype, device=DEVICE)
-
-    return Sampling(
-        fill(temperature), fill(top_k, torch.int64), fill(top_p), fill(min_p), torch.arange(batch, device=DEVICE) + 1000 * seed,
-        fill(5, torch.int64), temperature == 0, bool(top_k or top_p < 1 or min_p),
-    )  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not written is NaN, or a token that is none."""
-
-    def poison(original: Any) -> Any:
-        def poisoned(*given: Any, **options: Any) -> Tensor:
-            out = original(*given, **options)
-            return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(1 << 29)
-
-        return poisoned
-
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty"), (torch, "empty_like")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    poison_memory(monkeypatch)
 
 
 def as_torch_does(given: Problem, dtype: torch.dtype, combine: str) -> Tensor:
@@ -118,7 +47,7 @@ def as_torch_does(given: Problem, dtype: torch.dtype, combine: str) -> Tensor:
 @BOTH
 @COMBINE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [1, 63, 127, 1100])
+@pytest.mark.parametrize("vocab", [1, 63, 127, pytest.param(2049, marks=pytest.mark.slow)])
 def test_log_probabilities_against_fp64(vocab: int, dtype: torch.dtype, combine: str, kernels: str) -> None:
     given = usual(vocab)
     given.hidden, given.heads = given.hidden.to(dtype), given.heads.to(dtype)
@@ -132,7 +61,7 @@ def test_log_probabilities_against_fp64(vocab: int, dtype: torch.dtype, combine:
     )
 
 
-@BOTH
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_the_whole_vocabulary_of_xglm(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(mixture_triton, "BLOCK_V", 32768)  # the interpreter takes a millisecond a program
@@ -163,21 +92,22 @@ def test_groups_of_several_tiles_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(found.double(), given.logprobs(), rtol=1e-5, atol=1e-5)
 
 
-WAYS = {
-    "greedy": {"temperature": 0.0},
-    "drawn": {},
-    "cool": {"temperature": 0.6},
-    "hot and filtered": {"temperature": 1.4, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
-}
+ASKED = [(way, "mixture", combine) for way in WAYS for combine in mixture.COMBINE] + [
+    ("greedy", "experts", "mixture"),
+    ("cool", "experts", "mixture"),
+    ("cool", "experts", "logit_mean"),
+    ("hot and filtered", "experts", "mixture"),
+]
 
 
-@BOTH
-@pytest.mark.parametrize(
-    ("way", "temperature_on", "combine"),
-    [(way, "mixture", combine) for way in WAYS for combine in mixture.COMBINE]
-    + [("greedy", "experts", "mixture"), ("cool", "experts", "mixture"), ("hot and filtered", "experts", "mixture")]
-    + [("cool", "experts", "logit_mean")],
-)
+def cases() -> list[Any]:
+    """Each way by torch and Triton; filters take the interpreter seconds."""
+    slow = {(way, *rest) for way, *rest in ASKED if way == "hot and filtered"} - {("hot and filtered", "mixture", "mixture")}
+    found = [pytest.param(*asked, "torch") for asked in ASKED]
+    return found + [pytest.param(*asked, "triton", marks=[pytest.mark.slow] if asked in slow else []) for asked in ASKED]
+
+
+@pytest.mark.parametrize(("way", "temperature_on", "combine", "kernels"), cases())
 def test_the_token_and_its_log_probabilities(way: str, temperature_on: str, combine: str, kernels: str) -> None:
     """The token is the arg max of the formula in fp64; a difference is a draw between two within 1e-4."""
     given, drawn = usual(seed=3), sampling(5, **WAYS[way], seed=11)
@@ -204,8 +134,9 @@ def test_the_token_and_its_log_probabilities(way: str, temperature_on: str, comb
         assert torch.equal(choose_tokens(logprobs, drawn), out.token)
 
 
-@BOTH
-@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize(
+    ("kernels", "filtered"), [("torch", False), ("torch", True), ("triton", False), pytest.param("triton", True, marks=pytest.mark.slow)]
+)
 def test_sequences_of_one_batch_are_chosen_each_in_its_own_way(filtered: bool, kernels: str) -> None:
     given, ways = usual(), [{"temperature": 0.0}, {}, {"temperature": 0.4}, {"temperature": 9.0}, {"temperature": 0.0}]
     if filtered:
@@ -219,8 +150,6 @@ def test_sequences_of_one_batch_are_chosen_each_in_its_own_way(filtered: bool, k
 
 
 def mixture_allowed(scores: Tensor, drawn: Sampling) -> Tensor:
-    from megaxelm_kernels.token_choice import allowed_tokens
-
     return allowed_tokens(scores, drawn.top_k, drawn.top_p.double(), drawn.min_p.double())
 
 
@@ -237,82 +166,10 @@ def test_tokens_that_are_too_rare_for_a_probability_in_fp32(kernels: str) -> Non
 
 
 @BOTH
-@COMBINE
-def test_one_expert_alone_to_the_bit(kernels: str, combine: str) -> None:
-    """All weight on one of three, the others run or dropped: the same as that one alone."""
-    given = usual()
-    for slot, way in ((0, "greedy"), (2, "cool")):
-        drawn = sampling(5, **WAYS[way])
-        options = {"vocab_size": given.vocab, "combine": combine, "kernels": kernels}
-        one_hot = torch.full_like(given.log_w, NONE)
-        one_hot[:, slot] = 0.0
-        among = mixture_next_token(given.hidden, given.heads, given.groups, given.rows, one_hot, drawn, **options)
-        alone = mixture_next_token(given.hidden, given.heads, given.groups, given.rows[:, [slot]], one_hot[:, [slot]], drawn, **options)
-        assert torch.equal(among.token, alone.token) and torch.equal(among.logprob, alone.logprob)
-        assert torch.equal(among.expert_logprob[:, slot], alone.expert_logprob[:, 0])
-        logprobs = [
-            mixture_logprobs(given.hidden, given.heads, given.groups, rows, w, **options)[0]
-            for rows, w in ((given.rows, one_hot), (given.rows[:, [slot]], one_hot[:, [slot]]))
-        ]
-        assert torch.equal(*logprobs)
-
-
-@BOTH
-def test_identical_experts_are_one_expert_whatever_the_weights(kernels: str) -> None:
-    given = usual()
-    given.hidden[:] = given.hidden[:1]
-    given.heads[:] = given.heads[:1]
-    found, _ = mixture_logprobs(*given, vocab_size=given.vocab, kernels=kernels)
-    one = (given.heads[0, : given.vocab].double() @ given.hidden[0].double()).log_softmax(-1)
-    torch.testing.assert_close(found.double(), one.expand(5, -1), rtol=1e-5, atol=1e-5)
-
-
-@BOTH
-def test_the_order_of_the_experts_changes_nothing(kernels: str) -> None:
-    given, drawn = usual(), sampling(5, 0.9)
-    order = torch.tensor([2, 0, 1], device=DEVICE)
-    first = mixture_next_token(*given, drawn, vocab_size=given.vocab, kernels=kernels)
-    # The slots of a sequence, and then the experts themselves with their rows.
-    given.rows, given.log_w = given.rows[:, order], given.log_w[:, order]
-    experts, moved = [3, 2, 0, 1], []
-    for expert in experts:
-        moved += list(range(*given.groups.offsets[expert : expert + 2]))
-    given.hidden, given.heads = given.hidden[moved], given.heads[experts]
-    given.groups = RowGroups.from_counts([given.groups.counts[expert] for expert in experts], DEVICE)
-    given.rows = torch.tensor(moved, device=DEVICE).argsort()[given.rows]
-    second = mixture_next_token(*given, drawn, vocab_size=given.vocab, kernels=kernels)
-    assert torch.equal(first.token, second.token)
-    torch.testing.assert_close(first.logprob, second.logprob, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(first.expert_logprob[:, order], second.expert_logprob, rtol=1e-6, atol=1e-6)
-
-
-@BOTH
-@pytest.mark.parametrize("way", ["greedy", "drawn", "hot and filtered"])
-def test_a_sequence_alone_and_in_the_batch(way: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, drawn = usual(1100), sampling(5, **WAYS[way])
-    together = mixture_next_token(*given, drawn, vocab_size=given.vocab, kernels=kernels)
-    monkeypatch.setattr(mixture_triton, "MIX_TILES", 2)
-    monkeypatch.setattr(mixture_triton, "SCAN", 2)
-    monkeypatch.setattr(mixture, "_BLOCK", 1)
-    for sequence in (1, 4):
-        names = ("temperature", "top_k", "top_p", "min_p", "key", "position")
-        one = Sampling(*(getattr(drawn, name)[[sequence]] for name in names), drawn.greedy, drawn.filtered)
-        at = given.rows[sequence].clone()
-        at[given.log_w[sequence] == NONE] = at[0]
-        states, place = at.unique(return_inverse=True)
-        counts = given.groups.group_of_row[states].bincount(minlength=4).tolist()
-        alone = mixture_next_token(
-            given.hidden[states], given.heads, RowGroups.from_counts(counts, DEVICE), place[None], given.log_w[[sequence]], one,
-            vocab_size=given.vocab, kernels=kernels,
-        )  # fmt: skip
-        assert alone.token.tolist() == [int(together.token[sequence])]
-        torch.testing.assert_close(alone.logprob, together.logprob[[sequence]], rtol=1e-6, atol=2e-6)
-
-
-@BOTH
 @pytest.mark.parametrize("way", ["greedy", "drawn"])
 def test_equal_tokens_greedy_takes_the_lower_id_and_noise_tells_them_apart(way: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture_triton, "MIX_TILES", 2)
+    monkeypatch.setattr(mixture_triton, "SCAN", 2)
     given = usual(700)
     given.heads *= 0.1
     given.heads[:, [650, 130, 131, 300]] = 3 * given.hidden[[0, 0, 5, 9], None]
@@ -347,44 +204,6 @@ def test_greedy_leaves_out_tiles_and_only_those_that_cannot_win(monkeypatch: pyt
     out = mixture_next_token(*given, sampling(1, 0.0), vocab_size=vocab, kernels="triton")
     assert out.token.tolist() == [550]
     assert (seen[0][0] == NONE).tolist() == [False, True, False, True, False]
-
-
-@BOTH
-@COMBINE
-def test_parts_of_experts_that_are_elsewhere(kernels: str, combine: str) -> None:
-    given = usual()
-    options = {"vocab_size": given.vocab, "combine": combine, "kernels": kernels}
-    parts = []
-    for slots in ([0], [1, 2]):
-        parts.append(partial_mixture(*[*given][:3], given.rows[:, slots], given.log_w[:, slots], **options))
-    none = partial_mixture(*[*given][:3], given.rows, torch.full_like(given.log_w, NONE), **options)
-    nothing_here = partial_mixture(*[*given][:3], given.rows[:, [1]], given.log_w[:, [1]], **options)
-    if combine == "mixture":
-        whole = torch.stack(parts).logsumexp(0)
-        assert none.eq(NONE).all() and nothing_here[2].eq(NONE).all() and nothing_here[0].isfinite().all()
-    else:
-        whole = sum(parts).log_softmax(-1)  # type: ignore[union-attr]
-        assert none.eq(0).all() and nothing_here[2].eq(0).all()
-    torch.testing.assert_close(whole.double(), given.logprobs(combine), rtol=1e-5, atol=1e-5)
-
-
-@BOTH
-def test_one_head_for_all_experts(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, drawn = usual(), sampling(5, 0.8)
-    shared = given.heads[:1].expand(4, -1, -1)
-    products: list[int] = []
-    product = mixture._product
-    monkeypatch.setattr(mixture, "_product", lambda h, *rest: (products.append(len(h)), product(h, *rest)))
-    options: dict[str, Any] = {"vocab_size": given.vocab, "kernels": kernels}
-    given.heads = shared
-    found = mixture_next_token(*given, drawn, **options)
-    assert products == ([14] if kernels == "torch" else [])
-    given.heads = shared.contiguous()
-    copied = mixture_next_token(*given, drawn, **options)
-    assert torch.equal(found.token, copied.token)
-    torch.testing.assert_close(found.logprob, copied.logprob, rtol=1e-6, atol=1e-6)
-    given.heads = shared
-    torch.testing.assert_close(mixture_logprobs(*given, **options)[0].double(), given.logprobs(), rtol=1e-5, atol=1e-5)
 
 
 @BOTH
@@ -439,63 +258,6 @@ def test_no_tensor_of_batch_experts_and_vocabulary_is_made(monkeypatch: pytest.M
             assert seen.most <= 2 * 4 * 1000, (combine, drawn.greedy)
 
 
-# Draw an expert, then a token
-
-
-@BOTH
-@pytest.mark.parametrize("shared", [False, True])
-def test_an_expert_and_then_a_token_from_it(kernels: str, shared: bool) -> None:
-    given, drawn = usual(300), sampling(5, seed=4)
-    if shared:
-        given.heads = given.heads[:1].expand(4, -1, -1)
-    keys = torch.tensor([[11, 22, 33], [11, 22, 44], [33, 22, 11], [5, 6, 7], [5, 6, 7]], device=DEVICE)
-    out = draw_expert_then_token(*given, keys, drawn, vocab_size=300, kernels=kernels)
-    slot = (given.log_w + expert_noise(drawn.key, drawn.position, keys)).argmax(-1)
-    assert torch.equal(out.slot, slot) and slot.unique().numel() > 1
-    logits = given.logits()[given.rows.gather(1, slot[:, None])[:, 0]]
-    scores = logits + vocabulary_noise(drawn.key, drawn.position, 300)
-    assert torch.equal(out.token, scores.argmax(-1))
-    torch.testing.assert_close(
-        out.expert_logprob.double(), logits.log_softmax(-1).gather(1, out.token[:, None])[:, 0], rtol=1e-5, atol=1e-5
-    )
-    order = torch.tensor([1, 2, 0], device=DEVICE)
-    given.rows, given.log_w = given.rows[:, order], given.log_w[:, order]
-    turned = draw_expert_then_token(*given, keys[:, order], drawn, vocab_size=300, kernels=kernels)
-    assert torch.equal(turned.token, out.token) and torch.equal(order[turned.slot], slot)
-
-
-def chi_square(counts: Tensor, probabilities: Tensor) -> float:
-    """p value of counts under probabilities; what is expected fewer than 5 times is taken together."""
-    expected = probabilities.double() * counts.sum()
-    rare = expected < 5
-    wanted = torch.cat([expected[~rare], expected[rare].sum().clamp_min(1e-9)[None]])
-    seen = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
-    statistic = ((seen - wanted) ** 2 / wanted).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64), statistic / 2))
-
-
-@pytest.mark.parametrize("how", ["mixture", "expert, then token"])
-def test_samples_have_the_distribution_of_the_mixture(how: str) -> None:
-    """20,000 sequences that share the rows of three experts."""
-    given = problem([1, 1, 1], [[0, 1, 2]], 40, hidden=4)
-    exact, many = given.logprobs()[0].exp(), 20000
-    given.rows, given.log_w = given.rows.expand(many, -1), given.log_w.expand(many, -1).contiguous()
-    drawn = sampling(many, seed=9)
-    if how == "mixture":
-        token = mixture_next_token(*given, drawn, vocab_size=40).token
-    else:
-        keys = torch.tensor([7, 8, 9], device=DEVICE).expand(many, -1)
-        out = draw_expert_then_token(*given, keys, drawn, vocab_size=40)
-        token = out.token
-        assert chi_square(out.slot.bincount(minlength=3).cpu(), given.log_w[0].exp().cpu()) > 1e-4
-    counts = token.bincount(minlength=40).cpu()
-    assert chi_square(counts, exact.cpu()) > 1e-4
-    # What a wrong mixture would give: the weights moved by a tenth, or the experts' logits averaged.
-    moved = replace(given, log_w=(given.log_w[:1] + torch.tensor([0.3, 0.0, 0.0], device=DEVICE)).log_softmax(-1), rows=given.rows[:1])
-    assert chi_square(counts, moved.logprobs()[0].exp().cpu()) < 1e-4
-    assert chi_square(counts, moved.logprobs("logit_mean")[0].exp().cpu()) < 1e-4
-
-
 @triton.jit
 def _noise_kernel(keys, positions, streams, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, token = tl.program_id(0), tl.arange(0, BLOCK).to(tl.int64)
@@ -533,12 +295,3 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], options: dict[str, A
     given = replace(usual(), **{key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in change.items()})
     with pytest.raises(ValueError, match=text):
         mixture_next_token(*given, sampling(5), **({"vocab_size": 250} | options))
-
-
-def test_draws_from_one_expert_refuse_filters() -> None:
-    given = usual()
-    for drawn in (sampling(5, 0.0), sampling(5, top_k=3)):
-        with pytest.raises(ValueError, match="draws at temperature 1 from all tokens"):
-            draw_expert_then_token(*given, given.rows, drawn, vocab_size=250)
-    with pytest.raises(ValueError, match="expert_keys torch.float32"):
-        draw_expert_then_token(*given, given.log_w, sampling(5), vocab_size=250)

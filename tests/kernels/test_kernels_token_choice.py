@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mixtures import chi_square
 from torch import Tensor
 
 from megaxelm_kernels import token_choice
@@ -132,17 +133,6 @@ def test_a_sample_does_not_depend_on_the_batch_and_does_on_key_and_position() ->
         assert choose_tokens(logp[row : row + 1], one).tolist() == [int(together[row])]
     assert together.unique().numel() > 15
     assert not torch.equal(choose_tokens(logp, replace(given, position=given.position + 1)), together)
-
-
-def chi_square(counts: Tensor, probabilities: Tensor) -> float:
-    """p value of counts under probabilities; tokens of fewer than 5 expected are taken together."""
-    expected = probabilities.double() * counts.sum()
-    rare = expected < 5
-    seen = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
-    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
-    statistic = float(((seen - wanted) ** 2 / wanted).sum())
-    return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64), torch.tensor(statistic / 2).double()))
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 12, 1.0), (1.0, 0, 0.7)])

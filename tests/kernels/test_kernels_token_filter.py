@@ -67,7 +67,7 @@ SLOW = pytest.mark.slow  # the interpreter takes 10 ms and more a program
     ("vocab", "spread", "kinds"),
     [
         (1, 1.0, FILTERS[:2]),
-        (600, 3.0, FILTERS[3:5]),
+        (600, 3.0, [FILTERS[4], (513, 1.0, 0.0)]),
         pytest.param(255, 3.0, FILTERS, marks=SLOW),
         pytest.param(1100, 0.05, FILTERS, marks=SLOW),
         pytest.param(1100, 3.0, MORE, marks=SLOW),
@@ -79,6 +79,7 @@ def test_what_is_kept_and_drawn_is_what_sorting_keeps(
 ) -> None:
     scores = torch.randn(len(kinds), vocab, generator=torch.Generator().manual_seed(vocab)) * spread
     scores, given = scores.log_softmax(-1).to(DEVICE), sampling(kinds)
+    scores[-1] = scores[-1].sort(descending=True).values  # the cut may then be the best of its block
     token, allowed = draw(scores, given, monkeypatch)
     expected = allowed_tokens(scores, given.top_k, given.top_p, given.min_p)
     assert torch.equal(allowed, expected), (allowed != expected).sum(-1)
@@ -106,3 +107,21 @@ def test_greedy_sequences_among_filtered_ones(monkeypatch: pytest.MonkeyPatch) -
     scores[:, [5, 600]] = 9.0
     token, _ = draw(scores, sampling([(7, 0.9, 0.0), (0, 1.0, 0.0)], temperature=0.0), monkeypatch)
     assert token.tolist() == [5, 5]
+
+
+def test_of_equal_tokens_only_so_many_are_drawn() -> None:
+    """The last pass alone: 3 of the tokens that are equal to the cut, over two programs of two blocks, for many keys."""
+    many, vocab = 24, 60
+    scores = torch.full((many, vocab), -2.0, device=DEVICE)
+    scores[:, [4, 20, 33, 35, 50]] = -1.0
+    given = sampling([(3, 1.0, 0.0)] * many)
+    cut = (scores[:, 4].view(torch.int32) ^ 0x7FFFFFFF).long() + (1 << 31)
+    ties, equal = torch.full((many,), 3.0, device=DEVICE), torch.tensor([[2.0, 3.0]], device=DEVICE).repeat(many, 1)
+    best, tokens = torch.empty(many, 2, device=DEVICE), torch.empty(many, 2, dtype=torch.int32, device=DEVICE)
+    tops = torch.full((many, 4), -1.0, device=DEVICE)
+    filters.draw_pass[(2, many)](
+        scores, tops, cut, ties, equal, given.temperature, given.key, given.position, best, tokens, vocab, 4,
+        BLOCKS=2, BLOCK=16, MANY_PROGRAMS=2,
+    )  # fmt: skip
+    token = tokens.gather(1, best.argmax(-1)[:, None])[:, 0]
+    assert torch.equal(token.long(), choose_tokens(scores, given)) and set(token.tolist()) == {4, 20, 33}
