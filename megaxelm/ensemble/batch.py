@@ -136,11 +136,7 @@ def write_all(
         for event in engine.step():
             number = number_of[event.request_id]
             result = results[number]
-            result.token_ids.append(event.token_id)
-            result.logprobs.append(event.logprob)
-            result.weights.append(event.weights)
-            result.text += event.text
-            result.finish_reason = event.finish_reason
+            result.take(event)
             if on_token:
                 on_token(number, event)
         while turn in results and results[turn].finish_reason is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from megaxelm.ensemble.engine import Engine
 from megaxelm.ensemble.folder import Ensemble
 from megaxelm.ensemble.routers import Router
-from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
+from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams, TokenEvent
 from megaxelm.errors import RoutingError
 
 OnToken = Callable[[int, int, str], None]
@@ -28,6 +28,14 @@ class GenerationResult:
     weights: list[list[float]] = field(default_factory=list)  # [steps][experts], sums to 1; 0 where the expert did not speak
     finish_reason: str | None = None  # `stop` or `length`
     detected_language: str | None = None  # what the language router read off a prompt that came without
+
+    def take(self, event: TokenEvent) -> None:
+        """Put the next token behind the text."""
+        self.token_ids.append(event.token_id)
+        self.logprobs.append(event.logprob)
+        self.weights.append(event.weights)
+        self.text += event.text
+        self.finish_reason, self.detected_language = event.finish_reason, event.detected_language
 
     def mean_weights(self) -> dict[str, float]:
         """Weight of each expert by name, averaged over the tokens; empty when nothing was written."""
@@ -85,12 +93,7 @@ def generate(
     while engine.has_work:
         for event in engine.step():
             number = number_of[event.request_id]
-            result = results[number]
-            result.token_ids.append(event.token_id)
-            result.logprobs.append(event.logprob)
-            result.weights.append(event.weights)
-            result.text += event.text
-            result.finish_reason, result.detected_language = event.finish_reason, event.detected_language
+            results[number].take(event)
             if on_token:
                 on_token(number, event.token_id, event.text)
     return results

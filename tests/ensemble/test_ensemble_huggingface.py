@@ -364,10 +364,10 @@ def test_what_a_mixture_cannot_do_is_told(call: Any, words: str, model: XelmForC
 
 def test_a_text_without_language_is_told(model: XelmForCausalLM) -> None:
     model.set_router("language")
-    with pytest.raises(RoutingError, match="a text has no language"):
+    with pytest.raises(RoutingError, match="has no language"):
         model.generate(IDS, max_new_tokens=1)
     assert model.generate(IDS, max_new_tokens=1, language="en").shape == (2, 3)
-    with pytest.raises(RoutingError, match="a text has no language"):
+    with pytest.raises(RoutingError, match="has no language"):
         model.generate(IDS, max_new_tokens=1)
 
 

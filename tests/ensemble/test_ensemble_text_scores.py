@@ -240,7 +240,7 @@ def test_a_broken_expert_is_told(folder: Path) -> None:
         ({"top_m": 4}, "top_m = 4"),
         ({"combine": "sum"}, "combine = 'sum'"),
         ({"windows": Windows(65)}, "window = 65: choose 1 to 64"),
-        ({"router": "language"}, "a text has no language"),
+        ({"router": "language"}, "has no language"),
     ],
 )
 def test_what_cannot_be_scored_is_told(options: dict[str, Any], words: str, ensemble: Ensemble) -> None:
