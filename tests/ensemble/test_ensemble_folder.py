@@ -295,6 +295,7 @@ def test_a_missing_export_names_the_expert(parts: Path, tmp_path: Path) -> None:
         save_ensemble(tmp_path / "out", exports, parts / "tokenizer", RouterData(["e0", "e9"]))
 
 
+@pytest.mark.slow
 def test_ranks_that_share_the_experts_write_what_one_process_writes(folder: Path) -> None:
     """Experts 0 and 2 on one rank, 1 on the other; greedy and drawn, every kind of router, all ranks alike."""
     settings: list[tuple[str, int | None, str, float]] = [

@@ -239,8 +239,19 @@ def test_mean_weights_are_by_name(make_ensemble: Callable[..., Ensemble], decode
     assert result.mean_weights() == pytest.approx({"e0": 0.25, "e1": 0.0, "e2": 0.0, "e3": 0.75})
 
 
-@pytest.mark.parametrize("router", ["uniform", "tfidf", "posterior", "fixed"])
-@pytest.mark.parametrize("top_m", [1, 2, None])
+@pytest.mark.parametrize(
+    ("router", "top_m"),
+    [
+        ("tfidf", 2),
+        ("posterior", None),
+        *(
+            pytest.param(router, top_m, marks=pytest.mark.slow)
+            for router in ("uniform", "tfidf", "posterior", "fixed")
+            for top_m in (1, 2, None)
+            if (router, top_m) not in (("tfidf", 2), ("posterior", None))
+        ),
+    ],
+)
 def test_drafts_turns_waiting_and_a_full_cache_change_no_token(
     router: str, top_m: int | None, make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
 ) -> None:

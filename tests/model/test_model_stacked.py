@@ -193,7 +193,7 @@ def test_bf16_stays_near_fp32(family: str) -> None:
         assert (read.hidden[number].double() - expected).abs().max() <= bound
 
 
-@pytest.mark.parametrize("family", ["xglm", "llama", "window", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(family, marks=pytest.mark.slow) for family in ("xglm", "llama", "window"))])
 def test_the_kernels_compute_what_torch_computes(family: str) -> None:
     """Prompts, then single tokens of uneven lengths, by Triton and by torch."""
     pytest.importorskip("triton", reason="triton is not installed")
