@@ -37,11 +37,13 @@ from megaxelm.ensemble.folder import Ensemble, EnsembleSettings
 from megaxelm.ensemble.routers import RouterData, UniformRouter
 from megaxelm.ensemble.sampling import GenerationRequest, SamplingParams
 from megaxelm.ensemble.scoring import score_documents
-from megaxelm.model.config import DecoderConfig, config_from_recipe, num_parameters
+from megaxelm.model.config import DecoderConfig, config_from_recipe
 from megaxelm.model.decoder import TABLES, Decoder, parameter_shapes
 from megaxelm.model.families import get_family, hf_name
 from megaxelm.model.source import WeightSource
 from megaxelm.recipe import ModelConfig
+from megaxelm_kernels.decode_cost import DecodeShape, decode_step_cost
+from megaxelm_kernels.mixture_cost import mixture_cost
 
 SHAPES: dict[str, tuple[ModelConfig, int]] = {
     "10m": (ModelConfig(family="llama", hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024, max_positions=4096), 8192),
@@ -77,6 +79,10 @@ class Row:
     """Time of `loop` over this side's."""
     differ: int
     """Tokens that differ from the loop's, all of them near ties."""
+    floor_bytes: int
+    """What a token step has to read."""
+    launches: int
+    """Of our kernels on CUDA, counted from the code."""
 
 
 class NoText:
@@ -270,11 +276,35 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def step_bytes(config: DecoderConfig, experts: int, batch: int, context: int, itemsize: int) -> int:
-    """What a token step has to read: every weight once (an untied embedding only its rows), keys and values of the context."""
-    weights = num_parameters(config) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
-    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * batch
-    return experts * (weights + cached) * itemsize
+def step_cost(config: DecoderConfig, experts: int, batch: int, context: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a token step cannot do without (weights once, keys and values), and launches by our kernels, counted from the code."""
+    head = mixture_cost(
+        batch=batch,
+        experts_a_sequence=experts,
+        experts_in_use=experts,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        itemsize=itemsize,
+    )
+    shape = DecodeShape(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        experts=experts,
+        rows=batch * experts,
+        context=context,
+        itemsize=itemsize,
+        gated=config.activation == "silu_gated",
+        biases=config.mlp_bias,
+        centred=config.norm == "layernorm",
+        rotary=config.positions == "rotary",
+        head_launches=head.launches,
+    )
+    cost = decode_step_cost(shape)
+    return cost.floor_bytes, cost.launches
 
 
 def compare(sides: dict[str, Step], gaps: list[list[float]], steps: int, bound: float) -> dict[str, int]:
@@ -326,7 +356,7 @@ def decode(options: argparse.Namespace, experts: int, batch: int, context: int, 
     for _ in range(options.turns):
         for name, step in sides.items():
             times[name] += [timed(step, device) for _ in range(options.tokens)]
-    read = step_bytes(config, experts, batch, context + total // 2, dtype.itemsize)
+    read, launches = step_cost(config, experts, batch, context + total // 2, dtype.itemsize)
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name, values in times.items():
@@ -344,6 +374,8 @@ def decode(options: argparse.Namespace, experts: int, batch: int, context: int, 
                 round(100 * floor / medians[name], 1),
                 round(medians["loop"] / medians[name], 2),
                 differ[name],
+                read,
+                launches,
             )
         )
     return rows
@@ -435,7 +467,8 @@ def main() -> None:
                         print(
                             f"{row.side:9s} experts {row.experts} batch {row.batch:2d} context {row.context:4d}: {row.ms:8.2f} ms a step "
                             f"({row.p10:.2f}-{row.p90:.2f}), {row.tokens_per_second:8.1f} tokens/s, {row.percent_of_floor:5.1f} % of "
-                            f"the floor of {row.floor_ms:.2f} ms, {row.ratio:.2f} x the loop, {row.differ} near ties",
+                            f"the floor of {row.floor_ms:.2f} ms, {row.ratio:.2f} x the loop, {row.differ} near ties"
+                            + (f"; {row.floor_bytes / 1e6:.1f} MB, {row.launches} launches on CUDA" if row.side == "ours" else ""),
                             flush=True,
                         )
     machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
