@@ -8,7 +8,9 @@ The mixture of B sequences over their m experts, in fp32:
 `hidden` [R, H] has one row a (sequence, expert), sorted by expert; `heads` [E, V_padded, H], of stride 0 over E where the experts share one
 head; `rows` [B, m] int64 says which row of `hidden` belongs to each kept expert of a sequence and `log_w` [B, m] fp32 how much it weighs
 (normalised). Where log_w is -inf the row may be any, and its values are not looked at. No tensor [batch, experts, vocabulary] of
-probabilities is made: by torch a block of sequences at a time, by Triton none at all.
+probabilities is made: by torch a block of sequences at a time, by Triton none at all. There are no gradients.
+
+For a CUDA graph use `groups.device_offsets` once before the capture; at a replay the offsets may be others, of as many rows in all.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class DrawnToken:
     """[B] fp32: of the token under that expert."""
 
 
+@torch.no_grad()
 def mixture_next_token(
     hidden: Tensor,
     heads: Tensor,
@@ -120,6 +123,7 @@ def mixture_next_token(
     return MixtureToken(token, logprob, expert_logprob)
 
 
+@torch.no_grad()
 def mixture_logprobs(
     hidden: Tensor,
     heads: Tensor,
@@ -147,6 +151,7 @@ def mixture_logprobs(
     return mixed if combine == "mixture" else torch.log_softmax(mixed, -1, out=mixed), lse
 
 
+@torch.no_grad()
 def partial_mixture(
     hidden: Tensor,
     heads: Tensor,
@@ -175,6 +180,7 @@ def partial_mixture(
     return _partial(logits, rows, log_w.to(logits.dtype), combine)
 
 
+@torch.no_grad()
 def draw_expert_then_token(
     hidden: Tensor,
     heads: Tensor,

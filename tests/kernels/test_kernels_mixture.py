@@ -211,6 +211,7 @@ def test_views_and_an_empty_batch(kernels: str) -> None:
     given, drawn = usual(), sampling(5)
     options: dict[str, Any] = {"vocab_size": given.vocab, "kernels": kernels}
     plain = mixture_next_token(*given, drawn, **options)
+    given.heads.requires_grad_()  # weights as they come from a model
     given.hidden = given.hidden.T.contiguous().T
     given.rows, given.log_w = given.rows.T.contiguous().T, given.log_w.T.contiguous().T
     given.heads = torch.cat([given.heads, given.heads], -1)[..., :24]

@@ -79,7 +79,8 @@ def test_what_is_kept_and_drawn_is_what_sorting_keeps(
 ) -> None:
     scores = torch.randn(len(kinds), vocab, generator=torch.Generator().manual_seed(vocab)) * spread
     scores, given = scores.log_softmax(-1).to(DEVICE), sampling(kinds)
-    scores[-1] = scores[-1].sort(descending=True).values  # the cut may then be the best of its block
+    # Neighbours in fp32, falling: the cut may be the best of its block, and differ from others in the last bit alone.
+    scores[-1] = (torch.tensor(-1.0).view(torch.int32) + torch.arange(vocab, dtype=torch.int32)).view(torch.float32).to(DEVICE)
     token, allowed = draw(scores, given, monkeypatch)
     expected = allowed_tokens(scores, given.top_k, given.top_p, given.min_p)
     assert torch.equal(allowed, expected), (allowed != expected).sum(-1)

@@ -1,8 +1,8 @@
-"""The kernels of a mixture's next token at the shape of XGLM-1.7B, 4 experts: 4, 32 and 256 rows; and the draw of an expert."""
+"""The kernels of a mixture's next token at the shape of XGLM-1.7B, 4 experts: 4, 32 and 256 rows, in groups or with one head."""
 
+from dataclasses import replace
 from typing import Any
 
-import triton
 from compile_only import Case
 
 from megaxelm_kernels import mixture_head_triton as head
@@ -52,24 +52,27 @@ def product(rows: int, dtype: str, *, shared: bool = False, draws: bool = False,
     )
 
 
-def mixing(name: str, *absent: str, **flags: bool) -> Case:
+def mixing(name: str, *absent: str, **flags: int) -> Case:
     given = {key: False for key in ("MEAN", "SKIP", "NOISE", "TEMPERED", "ON_EXPERTS", "WRITE")} | flags
     return case(name, tiles.mix_tiles, given | {"TILES": MIX_TILES, "BLOCK": BLOCK_V * MIX_TILES} | dict.fromkeys(absent))
 
 
 MEANS = ("mean_max", "mean_sum")
 SIZES = {"BLOCKS": filters.BLOCKS, "BLOCK": BLOCK_V * MIX_TILES, "MANY_BLOCKS": 256, "MANY_PROGRAMS": 32}
-CASES = [
-    *(product(rows, "bf16") for rows in (1, 8, 64)),
-    *(product(rows, "bf16", shared=True) for rows in (4, 32, 128, 256)),
-    product(8, "fp16"),
+SMALL = {"batch": 1, "vocab_size": 1, "blocks": 1, "MANY_BLOCKS": 1, "MANY_PROGRAMS": 1}
+HEAVY = [
+    *(product(rows, "bf16") for rows in (1, 64)),
+    *(product(rows, "bf16", shared=True) for rows in (4, 32, 256)),
     product(8, "bf16", size=2056),
-    *(product(rows, "fp32") for rows in (1, 8, 64)),
+    *(product(rows, "fp32") for rows in (8, 64)),
     *(product(rows, "bf16", draws=True) for rows in (1, 64)),
     product(64, "fp32", draws=True),
-    case("sums of rows", head.row_sums, {"SCAN": SCAN}),
     mixing("greedy", "temperature", "keys", "positions", "scores", *MEANS, SKIP=True),
     mixing("sample", "scores", *MEANS, NOISE=True, TEMPERED=True),
+    case("draw of 1024 experts", head.draw_experts, {"SHARED": False, "BATCH": 1024, "GROUPS": 8}),
+]
+LIGHT = [
+    case("sums of rows", head.row_sums, {"SCAN": SCAN}),
     mixing("sample of tempered experts", "scores", *MEANS, NOISE=True, TEMPERED=True, ON_EXPERTS=True),
     mixing("sample of mean logits", "scores", MEAN=True, NOISE=True, TEMPERED=True),
     mixing("log-probabilities", "temperature", "keys", "positions", "best_token", *MEANS, WRITE=True),
@@ -77,16 +80,46 @@ CASES = [
     case("sums of tempered logits", tiles.tempered_sums, {"BLOCK": 4096}, num_warps=8),
     case("token", tiles.finish, {"MEAN": False, "SCAN": SCAN, "mean_max": None, "mean_sum": None}),
     case("token of mean logits", tiles.finish, {"MEAN": True, "SCAN": SCAN}),
-    *(
-        case(f"draw of {batch} experts", head.draw_experts, {"SHARED": False, "BATCH": batch, "GROUPS": triton.next_power_of_2(5)})
-        for batch in (64, 1024)
-    ),
     case("drawn token", head.finish_draw, {"BLOCK_V": BLOCK_V, "SCAN": SCAN}),
     *(
         case(f"{'probability' if mass else 'count'}, pass {number}", filters.count_pass, SIZES | {"MASS": mass, "PASS": number})
-        for mass in (False, True)
-        for number in (0, 1, 2, 7)
+        for mass, number in ((False, 0), (False, 7), (True, 0), (True, 1), (True, 2))
     ),
     case("tokens equal to the cut", filters.tie_pass, SIZES),
     case("draw from what is left", filters.draw_pass, {key: SIZES[key] for key in SIZES if key != "MANY_BLOCKS"}),
 ]
+# Numbers that are 1 at a launch are constants to Triton: one sequence of one expert, and a vocabulary of one tile or token.
+ONES = [
+    case(
+        "one row, one tile",
+        head.head_product,
+        product(1, "bf16", shared=True).constants | {"num_rows": 1, "num_tiles": 1, "vocab_size": 1},
+        hidden="*bf16",
+        heads="*bf16",
+    ),
+    case(
+        "one drawn row",
+        head.head_product,
+        product(1, "bf16", shared=True, draws=True).constants | {"num_rows": 1, "num_tiles": 1},
+        hidden="*bf16",
+        heads="*bf16",
+    ),
+    case("sums of one tile", head.row_sums, {"SCAN": SCAN, "num_tiles": 1}),
+    case("one expert of one sequence", head.draw_experts, {"SHARED": False, "BATCH": 2, "GROUPS": 4, "batch": 1, "m": 1}),
+    mixing("greedy, one expert", "temperature", "keys", "positions", "scores", *MEANS, SKIP=True, m=1, vocab_size=1, num_head_tiles=1),
+    case("token, one expert", tiles.finish, {"MEAN": True, "SCAN": SCAN, "m": 1, "num_best": 1, "num_tiles": 1, "vocab_size": 1}),
+    case("one drawn token", head.finish_draw, {"BLOCK_V": BLOCK_V, "SCAN": SCAN, "num_tiles": 1, "vocab_size": 1}),
+    case("sums of one tempered expert", tiles.tempered_sums, {"BLOCK": 4096, "m": 1, "vocab_size": 1}),
+    *(
+        case(f"filter of one sequence, {mass} {number}", filters.count_pass, SIZES | SMALL | {"MASS": mass, "PASS": number})
+        for mass, number in ((False, 0), (False, 1), (True, 0), (True, 1))
+    ),
+    case("equal tokens of one sequence", filters.tie_pass, SIZES | SMALL),
+    case(
+        "draw of one sequence",
+        filters.draw_pass,
+        {key: value for key, value in (SIZES | SMALL).items() if key not in ("MANY_BLOCKS", "batch")},
+    ),
+]
+# The light ones keep far below any limit: one generation stands for three.
+CASES = HEAVY + [replace(light, architectures=("90",)) for light in LIGHT + ONES]
