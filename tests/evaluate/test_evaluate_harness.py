@@ -145,8 +145,9 @@ def test_rolling_likelihood_is_that_of_the_windows_of_the_harness(lm: Any, ensem
 def test_generation_stops_where_the_task_says(lm: Any, ensemble: Ensemble) -> None:
     prompts = ["the cat", "a", "кот сидел " * 12]
     whole = [generate(ensemble, [prompt], max_new_tokens=12, router="tfidf")[0].text for prompt in prompts[:2]]
-    stop = whole[0][3:5]
-    settings = {"until": [stop, ""], "max_gen_toks": 12}
+    stop = "6\ufffd"
+    assert whole[0].index(stop) > 0 and whole[0].index("\ufffd") > whole[0].index(stop)
+    settings = {"until": ["\ufffd", stop, ""], "max_gen_toks": 12}
     found = lm.generate_until([request(prompts[0], settings), request(prompts[1], {"max_gen_toks": 12})], disable_tqdm=True)
     assert found == [whole[0][: whole[0].index(stop)], whole[1]]
     short = lm._fitting(prompts[2], 12)
