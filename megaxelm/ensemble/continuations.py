@@ -101,10 +101,13 @@ class _Group:
 
     def _weights(self, streams: Sequence[Tensor | None]) -> list[Tensor]:
         """Log weights [continuation, experts] of each pair before each token of its continuation."""
-        return [
-            weights_along(self.router, Request((), language), ids if first < len(ids) else [], self.top_m, stream)[first:]
-            for language, ids, first, stream in zip(self.languages, self.documents, self.firsts, streams, strict=True)
-        ]
+        found = []
+        for language, ids, first, stream in zip(self.languages, self.documents, self.firsts, streams, strict=True):
+            if stream is None or first == len(ids):
+                found.append(weights_along(self.router, Request(ids[:first], language), ids[first:], self.top_m))
+            else:
+                found.append(weights_along(self.router, Request((), language), ids, self.top_m, stream)[first:])
+        return found
 
     def _read(self, load: Callable[[], Decoder], expert: int, weights: Sequence[Tensor] | None, streams: Sequence[Tensor]) -> Tensor | None:
         """Let one expert read the pairs where it has weight: fills its row of `streams`, gives hidden states of all continuations."""

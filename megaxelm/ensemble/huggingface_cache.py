@@ -33,8 +33,7 @@ class RouterRows:
 
     def __init__(self, router: Router, languages: Sequence[str | None], shared: Sequence[object]) -> None:
         self.router, self.languages, self.shared = router, list(languages), shared
-        self.states = [router.start([Request((), language)]) for language in languages]
-        self.is_fresh = [True] * len(self.states)
+        self.states: list[Any] = [None] * len(self.languages)  # None: no token has come yet
 
     def advance(self, row: int, tokens: Sequence[int], logprobs: Tensor | None, keep: int) -> Tensor:
         """Tell one row's router of `tokens`; its log weights [keep, experts] after each of the last `keep` of them.
@@ -45,12 +44,14 @@ class RouterRows:
         if not tokens:
             return torch.empty(0, self.router.num_experts, dtype=torch.float64)
         told = 0
-        if self.is_fresh[row] and not self.router.needs_expert_logprobs:
-            # A prompt is read in one go.
-            told = min(len(tokens), len(tokens) - keep + 1)
+        if self.states[row] is None:
+            if not self.router.needs_expert_logprobs:
+                # A prompt is read in one go: all of it where weights never change, else up to the first weights that are wanted.
+                told = len(tokens) if self.router.constant else min(len(tokens), len(tokens) - keep + 1)
             prompt = [token for token in tokens[:told] if token != NO_TOKEN]
             self.states[row] = self.router.start([Request(prompt, self.languages[row])])
-        self.is_fresh[row] = False
+        if self.router.constant:
+            return self.router.weights(self.states[row])[0].expand(keep, -1)
         state, found = self.states[row], []
         for position in range(max(told - 1, 0), len(tokens)):
             if position >= told:
@@ -69,7 +70,6 @@ class RouterRows:
             used.add(row)
         self.states = states
         self.languages = [self.languages[row] for row in rows]
-        self.is_fresh = [self.is_fresh[row] for row in rows]
 
     def _copy(self, state: Any) -> Any:
         return copy.deepcopy(state, {id(thing): thing for thing in self.shared})

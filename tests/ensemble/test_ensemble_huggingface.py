@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 import megaxelm.ensemble.huggingface_cache as huggingface_cache
 from megaxelm.auto_classes import register_with_transformers
 from megaxelm.cluster.space import TfidfSpace
-from megaxelm.ensemble.folder import load_ensemble
+from megaxelm.ensemble.folder import Ensemble, load_ensemble
 from megaxelm.ensemble.generation import generate
 from megaxelm.ensemble.huggingface import XelmForCausalLM
-from megaxelm.ensemble.routers import NO_TOKEN, Request
+from megaxelm.ensemble.huggingface_config import XelmConfig
+from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.scoring import score_documents
 from megaxelm.errors import RoutingError
+from megaxelm.model.decoder import Decoder
 from megaxelm.recipe import TfidfConfig
 
 PROMPTS = ["the cat", "кот сидел", "a"]
@@ -246,13 +249,15 @@ def test_a_cache_in_another_order_goes_on_with_its_rows(
 
 
 def test_a_text_in_pieces_of_any_size_gives_the_same(model: XelmForCausalLM, batch: Any) -> None:
+    """Padded in every row, so that the first piece holds no text at all."""
+    padding = torch.zeros(3, 2, dtype=torch.int64)
+    ids, mask = torch.cat([padding + PAD, batch.input_ids], 1), torch.cat([padding, batch.attention_mask], 1)
     for router in ("tfidf", "posterior"):
         model.set_router(router, top_m=2)
-        whole = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        whole = model(ids, attention_mask=mask).logits
         cache, found = None, []
-        for begin, end in ((0, 1), (1, 4), (4, 5), (5, batch.input_ids.shape[1])):
-            mask = batch.attention_mask[:, :end]
-            output = model(batch.input_ids[:, begin:end], attention_mask=mask, past_key_values=cache, use_cache=True)
+        for begin, end in ((0, 2), (2, 3), (3, 6), (6, 7), (7, ids.shape[1])):
+            output = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             found.append(output.logits)
         assert torch.allclose(torch.cat(found, 1), whole, atol=2e-4)
@@ -394,7 +399,12 @@ def test_a_damaged_folder_is_named(folder: Path, tmp_path: Path) -> None:
         XelmForCausalLM.from_pretrained(tmp_path / "nowhere")
 
 
-def test_the_start_token_is_no_text(model: XelmForCausalLM) -> None:
-    routers = huggingface_cache.RouterRows(model.ensemble.router("tfidf"), [None, None], [])
-    with_start = routers.advance(0, [NO_TOKEN, 120, 121], None, 2)
-    assert torch.equal(with_start, routers.advance(1, [120, 121], None, 2))
+def test_the_start_token_is_no_text(make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]) -> None:
+    """A space that counts every token it is given would count the start token too."""
+    model = XelmForCausalLM(XelmConfig(), make_ensemble(decoders))
+    model.set_router("tfidf")
+    own = generate(model.ensemble, PROMPTS, max_new_tokens=1, router="tfidf")
+    for ids, result in zip(model.ensemble.tokenizer.encode(PROMPTS), own, strict=True):
+        cache = model(torch.tensor([[1, *ids]]), use_cache=True).past_key_values
+        weights = cache.routers.router.weights(cache.routers.states[0])[0].exp()
+        assert weights.tolist() == pytest.approx(result.weights[0], rel=1e-9)

@@ -91,7 +91,8 @@ def test_a_continuation_is_the_end_of_its_document_to_the_bit(ensemble: Ensemble
 def test_a_context_that_is_too_long_is_cut_on_the_left(router: str, ensemble: Ensemble) -> None:
     """Three times the same expert: whatever the router, the mixture is that expert after the last 64 tokens."""
     decoder = ensemble.decoder(1)
-    context, continuation = (ensemble.tokenizer.encode([text])[0] for text in (CONTEXT * 4, "a dog"))
+    # Of the 95 tokens of context the router is told in windows, of which one would end amid the continuation.
+    context, continuation = (ensemble.tokenizer.encode([text])[0] for text in ((CONTEXT * 4)[:95], "a dog"))
     document = [*context, *continuation]
     (found,) = score_continuations([lambda: decoder] * 3, [Pair(context, continuation)], 1, ensemble.router(router))
     read = torch.tensor(document[-65:-1])
@@ -144,15 +145,19 @@ def test_rolling_likelihood_is_that_of_the_windows_of_the_harness(lm: Any, ensem
 def test_generation_stops_where_the_task_says(lm: Any, ensemble: Ensemble) -> None:
     prompts = ["the cat", "a", "кот сидел " * 12]
     whole = [generate(ensemble, [prompt], max_new_tokens=12, router="tfidf")[0].text for prompt in prompts[:2]]
-    stop = whole[0][3:5]
-    settings = {"until": [stop, ""], "max_gen_toks": 12}
+    stop = "6\ufffd"
+    assert whole[0].index(stop) > 0 and whole[0].index("\ufffd") > whole[0].index(stop)
+    settings = {"until": ["\ufffd", stop, ""], "max_gen_toks": 12}
     found = lm.generate_until([request(prompts[0], settings), request(prompts[1], {"max_gen_toks": 12})], disable_tqdm=True)
     assert found == [whole[0][: whole[0].index(stop)], whole[1]]
     short = lm._fitting(prompts[2], 12)
     assert prompts[2].endswith(short) and 45 <= len(short.encode()) <= 52
-    draw = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "seed": 3, "until": []}
-    drawn = generate(ensemble, ["a"], max_new_tokens=6, temperature=1.0, seed=3, router="tfidf")[0].text
-    assert lm.generate_until([request("a", draw)], disable_tqdm=True) == [drawn]
+    draw = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "seed": 4, "until": []}
+    greedy, drawn = (generate(ensemble, ["the cat"], max_new_tokens=6, temperature=t, seed=4, router="tfidf")[0].text for t in (0.0, 1.0))
+    assert greedy != drawn
+    # Requests of a batch that ask for different things.
+    both = lm.generate_until([request("the cat", {"max_gen_toks": 6, "until": []}), request("the cat", draw)], disable_tqdm=True)
+    assert both == [greedy, drawn]
     with pytest.raises(RoutingError, match="num_beams"):
         lm.generate_until([request("a", {"num_beams": 3})], disable_tqdm=True)
     with pytest.raises(RoutingError, match="max_gen_toks = 64: the experts have 64 positions"):
@@ -235,8 +240,9 @@ def test_an_unknown_task_is_told(capsys: pytest.CaptureFixture[str], folder: Pat
 
 
 def test_options_of_tasks_without_tasks_are_refused(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    code, _, errors = command(capsys, "evaluate", folder, "--limit", "3")
-    assert code == 2 and "--limit: belongs to --tasks" in errors
+    for option, value in (("--limit", "3"), ("--batch-size", "3"), ("--output", "x.json")):
+        code, _, errors = command(capsys, "evaluate", folder, option, value)
+        assert code == 2 and f"{option}: belongs to --tasks" in errors
     code, _, errors = command(capsys, "evaluate", folder, "--tasks", ",")
     assert code == 2 and "names no task" in errors
 
