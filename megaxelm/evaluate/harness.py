@@ -170,10 +170,12 @@ class XelmLM(TemplateLM):
                         router=None if self.expert else self.router,
                         expert=self.expert,
                         combine=self.combine,
+                        stop=[stop for stop in until if stop],
+                        max_batch=self.batch_size,
                         **options,
                     )
                     for index, result in zip(part, results, strict=True):
-                        found[index] = _before(result.text, until)
+                        found[index] = result.text
                         self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
                     bar.update(len(part))
         return found
@@ -302,9 +304,3 @@ def _generation_options(given: Mapping[str, Any], max_gen_toks: int) -> dict[str
         "top_p": float(found.get("top_p", 1.0)),
         "seed": int(found.get("seed", 0)),
     }
-
-
-def _before(text: str, until: Sequence[str]) -> str:
-    """The text before the first stop string in it."""
-    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
