@@ -16,7 +16,7 @@ from torch import Tensor
 from megaxelm.errors import ModelError
 from megaxelm.model.config import DecoderConfig
 from megaxelm_kernels.attention import PackedLayout, choose_backend, packed_attention
-from megaxelm_kernels.decode_attention import decode_attention, store_kv
+from megaxelm_kernels.decode_attention import SlotOrder, decode_attention, order_slots, store_kv
 
 SMALLEST = 128
 """Capacity of the smallest slab, in tokens; each further one holds twice as many."""
@@ -169,12 +169,24 @@ class _Step:
         self.positions = torch.tensor(lengths, device=device)
         self.lengths = self.positions + 1
         self.longest = max(lengths) + 1
+        self.order: SlotOrder | None = None
+        if device.type == "cpu":
+            # What a CPU needs to know of slots and lengths is the same in every layer.
+            self.order = order_slots(self.slab.keys[0], self.slots, self.lengths, longest=self.longest, sliding_window=self.window)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.slab.keys[layer], self.slab.values[layer]
         store_kv(keys, values, k, v, self.slots, self.positions, kernels=self.kernels)
         return decode_attention(
-            q, keys, values, self.slots, self.lengths, longest=self.longest, sliding_window=self.window, kernels=self.kernels
+            q,
+            keys,
+            values,
+            self.slots,
+            self.lengths,
+            longest=self.longest,
+            sliding_window=self.window,
+            slot_order=self.order,
+            kernels=self.kernels,
         )
 
     def write(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
