@@ -238,7 +238,7 @@ class Ours:
     """The engine."""
 
     def __init__(self, ensemble: Ensemble, prompts: Tensor, tokens: int) -> None:
-        self.engine = Engine(ensemble, router=UniformRouter(len(ensemble.experts)), max_batch=len(prompts))
+        self.engine = Engine(ensemble, router=UniformRouter(len(ensemble.experts)), max_batch=len(prompts), prefill_tokens=1 << 30)
         sampling = SamplingParams(max_new_tokens=tokens, stop_at_eos=False)
         for prompt in prompts[:, 1:].tolist():
             self.engine.add(GenerationRequest(prompt, sampling=sampling))

@@ -40,7 +40,6 @@ from megaxelm_kernels.linear_cross_entropy import target_logprobs
 from megaxelm_kernels.mixture import MixtureToken
 
 PREFILL_TOKENS = 8192
-"""Tokens of prompts, of all experts together, that one step reads at most, unless a single prompt is longer."""
 
 
 class Engine:
@@ -55,6 +54,7 @@ class Engine:
         shards: ranks that share the experts; None: all are here.
         draft: an expert that proposes `draft_tokens` tokens at a time, which the mixture verifies; the texts are the same.
         graphs: a token step runs as a CUDA graph; None: on CUDA, where the kernels are Triton's. On a CPU the same without a graph.
+        prefill_tokens: tokens of prompts, of all experts together, that join in one step at most; a single prompt always may.
 
     Raises:
         RoutingError: a value out of range, an unknown expert or router. ModelError: an expert that does not load.
@@ -77,13 +77,14 @@ class Engine:
         draft: str | None = None,
         draft_tokens: int = 4,
         graphs: bool | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         temperature_on = temperature_on or ensemble.settings.temperature_on
         if temperature_on not in TEMPERATURE_ON:
             raise RoutingError(f"temperature_on = {temperature_on!r}: choose one of {', '.join(TEMPERATURE_ON)}")
         if max_batch < 1:
             raise RoutingError(f"max_batch = {max_batch}: choose at least 1")
-        self.ensemble, self.max_batch = ensemble, max_batch
+        self.ensemble, self.max_batch, self.prefill_tokens = ensemble, max_batch, prefill_tokens
         self.settings = MixtureSettings(choose_combine(ensemble, combine), temperature_on)
         self.router, self.top_m = choose_router(ensemble, router, top_m, expert)
         self.shards = shards
@@ -183,7 +184,7 @@ class Engine:
     def _join(self) -> None:
         fresh: list[RunningText] = []
         reserved = sum(self._rows_of(text) * self.cache.capacity(text.bound) for text in self._running)
-        budget = PREFILL_TOKENS
+        budget = self.prefill_tokens
         while self._waiting and len(self._running) + len(fresh) < self.max_batch:
             text = self._waiting[0]
             reserved += self._rows_of(text) * self.cache.capacity(text.bound)
