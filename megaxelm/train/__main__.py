@@ -76,6 +76,7 @@ def _train_member(
     from megaxelm.model.hub import weights_hash
     from megaxelm.train import loop
     from megaxelm.train.export import export_seed
+    from megaxelm.train.process_group import join_process_group
     from megaxelm.train.profile import parse_steps
     from megaxelm.train.setting import Setting
 
@@ -90,10 +91,7 @@ def _train_member(
     if processes.local_rank == 0:
         for lock in remove_stale_locks(extensions):
             print(f"removed {lock}, which a killed process left: all that needs this extension would wait for it", flush=True)
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    torch.distributed.barrier()  # rank 0 has settled the folder before the others look into it
+    join_process_group(cuda)  # rank 0 has settled the folder before the others look into it
     if not (run.expert(member.name) / MARKER).exists():
         setting = Setting(run, recipe, member, ds_config, processes, device, parse_steps(options.profile) if options.profile else None)
         loop.train(setting, _bar) if member.steps else export_seed(setting)

@@ -70,13 +70,13 @@ def _bench(options: argparse.Namespace) -> None:
     processes = find_processes()
     extensions_folder()
 
-    import deepspeed
     import torch
     import torch._inductor.compile_fx  # which deepspeed.initialize imports
 
     import megaxelm.train.engine
     import megaxelm.train.steps  # noqa: F401 - what they import is no memory of the training
     from megaxelm.train.memory import memory
+    from megaxelm.train.process_group import join_process_group
     from megaxelm.train.setting import Setting
 
     cuda = torch.cuda.is_available()
@@ -85,7 +85,7 @@ def _bench(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     member = bench_member(recipe, options.steps + 1)
     ds_config = fill_ds_config(find_ds_config(recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    join_process_group(cuda)
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(RunFolder(Path(scratch)), recipe, member, ds_config, processes, device)
         setting.folder.mkdir(parents=True)

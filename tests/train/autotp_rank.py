@@ -9,12 +9,13 @@ import torch
 from megaxelm.model.config import config_from_recipe
 from megaxelm.model.decoder import Decoder
 from megaxelm.recipe import ModelConfig
+from megaxelm.train.process_group import join_process_group
 
 STEPS, TOKENS, VOCABULARY = 4, 64, 500
 
 
 def main() -> None:
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    join_process_group(cuda=False)
     shape = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=128, max_positions=TOKENS)
     config = config_from_recipe(shape, VOCABULARY, 0, 2, 1)
     whole, parted = Decoder(config).train(), Decoder(config).train()

@@ -17,6 +17,7 @@ from megaxelm.model.config import DecoderConfig
 from megaxelm.model.decoder import Decoder
 from megaxelm.train.engine import _parameter_groups
 from megaxelm.train.fill import fill_engine
+from megaxelm.train.process_group import join_process_group
 from megaxelm.train.zero_state import MOMENTS, CheckpointState
 
 CONFIG = DecoderConfig("llama", 300, 9, 2, 2, 2, 6, 23, 64, tie_embeddings=True)  # odd sizes: partitions need padding
@@ -124,7 +125,7 @@ def check_kind(kind: str, settings: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    join_process_group(cuda=False)
     for kind, settings in KINDS.items():
         check_kind(kind, settings, Path(sys.argv[1]))
         print(f"filled: {kind}", flush=True)

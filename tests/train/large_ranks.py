@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import deepspeed
 import torch
 from tiny_run import REPOSITORY, tiny_recipe
 
@@ -24,6 +23,7 @@ from megaxelm.train.engine import build_model, fill_engine, start_engine
 from megaxelm.train.environment import find_processes
 from megaxelm.train.export import open_checkpoint
 from megaxelm.train.members import plan_members
+from megaxelm.train.process_group import join_process_group
 from megaxelm.train.setting import Setting
 
 CONFIG = DecoderConfig("llama", 400, 1024, 40, 8, 8, 128, 2816, 64, tie_embeddings=False)
@@ -36,7 +36,7 @@ def peak() -> int:
 
 def start(folder: Path) -> dict[str, float]:
     processes = find_processes()
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    join_process_group(cuda=False)
     recipe = parse_recipe(tiny_recipe(folder, train={"precision": "bf16"}))
     member = plan_members(recipe, ["x", "y"])["seed"]
     ds_config = fill_ds_config(REPOSITORY / "ds_configs/zero3.json", recipe.train, member, processes.world_size, cuda=False)

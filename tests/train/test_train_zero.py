@@ -55,11 +55,13 @@ def losses_of(run: Path, expert: str) -> list[float]:
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_ranks_of_each_zero_stage_give_the_loss_curve_of_plain_torch(indexed_run: Path, stage: int) -> None:
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "megaxelm.train"]
+    port = free_port()
+    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port), "--module", "megaxelm.train"]
     done = run_module(
         *launcher, str(indexed_run), "--expert", "seed", "--deepspeed_config", str(REPOSITORY / f"ds_configs/zero{stage}.json")
     )
     assert (indexed_run / "experts" / "seed" / MARKER).exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")), "shared memory that no process has any more"
     expected, model = plain_torch(indexed_run)
     assert losses_of(indexed_run, "seed") == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0] - 0.3, "the curve must move for the comparison to mean something"
