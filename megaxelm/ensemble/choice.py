@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megaxelm.ensemble.folder import Ensemble
-from megaxelm.ensemble.mixture import COMBINE
 from megaxelm.ensemble.routers import FixedRouter, Router
 from megaxelm.errors import RoutingError
+from megaxelm_kernels.mixture import COMBINE
 
 
 def choose_router(ensemble: Ensemble, router: Router | str | None, top_m: int | None, expert: str | None) -> tuple[Router, int]:

@@ -26,7 +26,6 @@ from torch import Tensor
 from megaxelm.ensemble.choice import choose_combine, choose_router
 from megaxelm.ensemble.folder import Ensemble
 from megaxelm.ensemble.graphed import GraphedSteps
-from megaxelm.ensemble.mixture import TEMPERATURE_ON
 from megaxelm.ensemble.mixture_head import LogitRows, MixtureSettings, NextTokens, fused, sampling_of
 from megaxelm.ensemble.routers import FixedRouter, Request, Router
 from megaxelm.ensemble.running import RunningText, running_text
@@ -37,7 +36,7 @@ from megaxelm.ensemble.weights import Weights
 from megaxelm.errors import RoutingError
 from megaxelm.model.stacked import Piece, Read
 from megaxelm_kernels.linear_cross_entropy import target_logprobs
-from megaxelm_kernels.mixture import MixtureToken
+from megaxelm_kernels.mixture import TEMPERATURE_ON, MixtureToken
 
 PREFILL_TOKENS = 8192
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megaxelm.ensemble.mixture import COMBINE, TEMPERATURE_ON
 from megaxelm.ensemble.routers import ROUTER_NAMES, Router, RouterData, make_router
 from megaxelm.errors import MegaxelmError, RoutingError
 from megaxelm.files import read_json, write_json
+from megaxelm_kernels.mixture import COMBINE, TEMPERATURE_ON
 
 if TYPE_CHECKING:
     from megaxelm.corpus.tokenizer import Tokenizer

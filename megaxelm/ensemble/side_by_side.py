@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaxelm.ensemble.mixture import COMBINE
 from megaxelm.ensemble.packed import Job, batches, document_jobs, pack, token_budget_of
 from megaxelm.ensemble.windows import Windows
 from megaxelm.errors import RoutingError
+from megaxelm_kernels.mixture import COMBINE
 
 if TYPE_CHECKING:
     from megaxelm.model.decoder import Decoder
