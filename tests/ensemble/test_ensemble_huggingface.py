@@ -91,6 +91,7 @@ def test_the_auto_classes_know_the_folder(loaded: XelmForCausalLM, folder: Path)
     assert tokenizer("кот").input_ids == [1, *loaded.ensemble.tokenizer.encode(["кот"])[0]]
 
 
+@pytest.mark.slow
 def test_megaxelm_may_be_imported_first(folder: Path) -> None:
     program = f"""
 import sys

@@ -204,6 +204,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return code, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_a_task_of_local_files_from_the_command_line(
     capsys: pytest.CaptureFixture[str], folder: Path, ensemble: Ensemble, tmp_path: Path
 ) -> None:

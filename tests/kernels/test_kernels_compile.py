@@ -35,6 +35,7 @@ def check(found: dict) -> None:
     assert found["tensor_cores"] is not False, f"the tensor cores are not used: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "compile_cases").glob("*.py")))
 def test_kernels_compile_for_three_generations(name: str) -> None:
     rows = compiled(FOLDER / "compile_cases" / f"{name}.py")

@@ -74,7 +74,7 @@ def test_more_devices_need_less_and_more_work_needs_more() -> None:
     assert planned("zero1", 8, replace(work, checkpoint_every=2)).total < planned("zero1", 8, work).total
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "xglm", "qwen3"])
 def test_activations_are_what_autograd_keeps(family: str, kernels: str) -> None:
     if kernels == "triton":

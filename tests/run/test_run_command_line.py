@@ -207,6 +207,7 @@ def test_donors_are_relatives(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["pl"].split()[0] in ("ru", "bg") and lines["sv"].split()[0] in ("de", "en")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process groups are looked up in /proc")
 def test_a_training_keeps_others_away_and_ends_with_its_run(indexed_run: Path) -> None:
     env = dict(os.environ) | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}

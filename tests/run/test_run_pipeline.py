@@ -168,6 +168,7 @@ def test_an_exported_expert_generates_with_plain_transformers(made: Path) -> Non
     assert tokenizer.decode(written[0], skip_special_tokens=True).startswith("the old house")
 
 
+@pytest.mark.slow
 def test_generate_and_export_from_the_command_line(made: Path, tmp_path: Path) -> None:
     run = str(made / "runs" / "tiny")
     done = run_module("megaxelm.cli", "generate", run, "--prompt", "the old house", "--max-new-tokens", "5")

@@ -183,7 +183,8 @@ def wait_for_lines(run: Path, count: int, process: subprocess.Popen[str]) -> Non
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["SIGUSR1", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "the file stop"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGUSR1", "SIGTERM", "the file stop"])
 def test_a_training_that_is_asked_to_stop_saves_and_goes_on_exactly(indexed_run: Path, how: str) -> None:
     overrides = settings("train.steps=60", "train.checkpoint_every=1000", "model.dropout=0.1", "train.micro_batch_size=1")
     process = start(indexed_run, *overrides)
