@@ -386,3 +386,18 @@ def test_steps_over_fixed_tensors_write_what_plain_steps_write(
             tokens += [(event.request_id, event.token_id) for event in engine.step()]
     assert engines[1]._graphs is not None and engines[1]._graphs._steps and engines[0]._graphs is None
     assert found[0] == found[1] and len(found[0]) == 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_by_the_only_expert_is_accepted_whole(
+    temperature: float, make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    """Both sides draw with the same noise: what is the same distribution is the same sample."""
+    engine = Engine(make_ensemble(decoders), expert="e1", draft="e1", draft_tokens=3)
+    written(engine, SamplingParams(max_new_tokens=13, temperature=temperature, stop_at_eos=False))
+    assert engine.drafted.accepted == engine.drafted.proposed > 0 and "accepted (100%)" in engine.drafted.line()
+
+
+def test_the_first_of_several_stop_strings_ends_the_text() -> None:
+    stopper = StopText(["late", "so"])
+    assert stopper.push("it was so late") == "it was " and stopper.stopped and stopper.push("more") == ""

@@ -212,3 +212,12 @@ def test_the_kernels_compute_what_torch_computes(family: str) -> None:
         found[kernels] = [read.hidden[row].double() for read in parts for row in read.first_row]
     for torchs, tritons in zip(found["torch"], found["triton"], strict=True):
         torch.testing.assert_close(tritons, torchs, rtol=1e-4, atol=1e-4)
+
+
+def test_places_that_are_given_back_are_all_used_again() -> None:
+    cache = stack_of([expert(CONFIGS["llama"], 0)]).new_cache()
+    rows = [cache.new_row(20) for _ in range(4)]
+    for number in (2, 0, 3):
+        cache.free(rows[number])
+    again = [cache.new_row(20).slot for _ in range(3)]
+    assert again == [0, 2, 3] and cache.slab(128).num_slots == 4
