@@ -318,3 +318,9 @@ def test_ranks_that_share_the_experts_write_what_one_process_writes(folder: Path
 def test_more_ranks_than_experts_are_refused() -> None:
     with pytest.raises(RoutingError, match=r"ensemble.devices = 4: choose 1 to 3"):
         Shards(3, rank=0, ranks=4)
+
+
+def test_the_mixture_of_ranks_keeps_rare_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given: None)  # the sum over one rank
+    given = torch.tensor([-300.0, 0.0, -torch.inf])
+    assert torch.equal(Shards(3, rank=0, ranks=1).logsumexp(given.clone()), given)
