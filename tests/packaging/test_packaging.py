@@ -38,6 +38,7 @@ def test_the_command_line_starts_without_torch() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_trains_and_scores_without_triton() -> None:
     code = """
 import sys

@@ -94,6 +94,7 @@ def test_verbs_that_use_a_run_want_one(capsys: pytest.CaptureFixture[str], recip
     assert code == 2 and "has not been run yet" in errors
 
 
+@pytest.mark.slow
 def test_a_seed_that_does_not_fit_the_tokenizer_is_refused(indexed_run: Path, tmp_path: Path) -> None:
     from megaxelm.model.config import config_from_recipe
     from megaxelm.model.decoder import Decoder

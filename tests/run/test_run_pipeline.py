@@ -108,6 +108,7 @@ def test_a_changed_source_file_is_named(made: Path, tmp_path: Path) -> None:
     assert reason is not None and "source changed: de.jsonl" in reason
 
 
+@pytest.mark.slow
 def test_verbs_that_use_a_run_do_not_need_its_sources(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs" / "tiny", tmp_path / "moved")
     (made / "corpus").rename(made / "gone")

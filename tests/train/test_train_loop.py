@@ -56,7 +56,8 @@ def test_losses_of_the_languages_add_up_to_the_loss(indexed_run: Path) -> None:
 
 
 # Stage 0 with a plain optimiser is ours to guard; 2 stands for DeepSpeed's own.
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(indexed_run: Path, tmp_path: Path, stage: int) -> None:
     script = tmp_path / "poisoned.py"
     script.write_text(
@@ -116,6 +117,7 @@ def test_a_plain_optimiser_clips_once_and_tells_the_norm() -> None:
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
 
 
+@pytest.mark.slow
 def test_evaluation_while_training_gives_the_bits_of_the_exported_model(indexed_run: Path) -> None:
     done = train(indexed_run, "train.steps=4", "train.evaluate_every=3", "train.log_every=100", "train.evaluate_documents=3")
     assert done.returncode == 0, done.stderr
