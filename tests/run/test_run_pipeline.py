@@ -20,6 +20,9 @@ SETTINGS = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with corpus/, recipe.yaml and runs/tiny, run to the end by the command line."""
@@ -108,7 +111,6 @@ def test_a_changed_source_file_is_named(made: Path, tmp_path: Path) -> None:
     assert reason is not None and "source changed: de.jsonl" in reason
 
 
-@pytest.mark.slow
 def test_verbs_that_use_a_run_do_not_need_its_sources(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs" / "tiny", tmp_path / "moved")
     (made / "corpus").rename(made / "gone")
@@ -169,7 +171,6 @@ def test_an_exported_expert_generates_with_plain_transformers(made: Path) -> Non
     assert tokenizer.decode(written[0], skip_special_tokens=True).startswith("the old house")
 
 
-@pytest.mark.slow
 def test_generate_and_export_from_the_command_line(made: Path, tmp_path: Path) -> None:
     run = str(made / "runs" / "tiny")
     done = run_module("megaxelm.cli", "generate", run, "--prompt", "the old house", "--max-new-tokens", "5")
