@@ -1,14 +1,11 @@
-"""A tokenizer of bytes and an ensemble folder of random experts, for the programs that take a RUN."""
+"""An ensemble folder of random experts over bytes, for the programs that take a RUN."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-import xxhash
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from byte_ensemble import write_byte_tokenizer
 
 from megaxelm.ensemble.folder import EnsembleSettings, save_ensemble
 from megaxelm.ensemble.routers import RouterData
@@ -19,21 +16,6 @@ from megaxelm.recipe import ModelConfig
 
 EXPERTS = ["north", "south"]
 POSITIONS = 96
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    """A real tokenizer folder of 260 pieces: four special ones and the bytes."""
-    folder.mkdir(parents=True)
-    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), *((f"<0x{byte:02X}>", -5.0) for byte in range(256))]
-    backend = Backend(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    fingerprint = xxhash.xxh3_128_hexdigest((folder / "tokenizer.json").read_bytes())
-    settings = {"begin_of_document": True, "bos_id": 1, "eos_id": 2, "vocab_size": 260, "trained": False, "name": "bytes"}
-    (folder / "megaxelm_tokenizer.json").write_text(json.dumps(settings | {"fingerprint": fingerprint}))
 
 
 def write_mixture(run: Path) -> Path:

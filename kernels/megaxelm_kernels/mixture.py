@@ -110,10 +110,10 @@ def mixture_next_token(
         logprob = None
     else:
         lse = row_lse(logits)[rows]
-        logprobs = _by_slots(logits, rows, log_w) if combine == "mixture" else mean_logits(logits, rows, log_w).log_softmax(-1)
+        logprobs = mix_logits(logits, rows, log_w) if combine == "mixture" else mean_logits(logits, rows, log_w).log_softmax(-1)
         if on_experts:
             warm = torch.where(sampling.temperature > 0, sampling.temperature, 1.0)
-            token = draw(_by_slots(logits, rows, log_w, warm), sampling)
+            token = draw(mix_logits(logits, rows, log_w, warm), sampling)
         else:
             token = choose_tokens(logprobs, sampling)
         logprob = logprobs.gather(1, token[:, None])[:, 0]
@@ -296,11 +296,11 @@ def _log_of_shares(shares: Tensor, logits: Tensor, rows: Tensor, log_w: Tensor) 
     rare = least & (log_w > -torch.inf).any(-1)
     logprobs = shares.log_()
     if bool(rare.any()):
-        logprobs[rare] = _by_slots(logits, rows[rare], log_w[rare])
+        logprobs[rare] = mix_logits(logits, rows[rare], log_w[rare])
     return logprobs
 
 
-def _by_slots(logits: Tensor, rows: Tensor, log_w: Tensor, temperature: Tensor | None = None) -> Tensor:
+def mix_logits(logits: Tensor, rows: Tensor, log_w: Tensor, temperature: Tensor | None = None) -> Tensor:
     """Log of the mixture [B, vocab], one kept expert after the other, by logarithms; the logits divided by `temperature` [B]."""
     total = torch.empty(0)
     for slot in range(rows.shape[1]):
@@ -328,7 +328,7 @@ def _partial(logits: Tensor, rows: Tensor, log_w: Tensor, combine: str) -> Tenso
     if combine == "logit_mean":
         return mean_logits(logits, rows, log_w)
     if logits.device.type != "cpu":
-        return _by_slots(logits, rows, log_w)
+        return mix_logits(logits, rows, log_w)
     shares, _ = _mixed_shares(logits, rows, log_w)
     return _log_of_shares(shares, logits, rows, log_w)
 

@@ -26,6 +26,12 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the 
 RUNS = Path("runs")
 
 RouterOption = Annotated[str | None, typer.Option(help="language, tfidf, posterior, uniform or fixed. Default: the ensemble's.")]
+TopMOption = Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")]
+CombineOption = Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")]
+DraftOption = Annotated[str | None, typer.Option(help="An expert that proposes tokens, which the mixture verifies: the same texts.")]
+DraftTokensOption = Annotated[int, typer.Option(min=1, help="Tokens that it proposes at a time.")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")]
 RefreshOption = Annotated[str | None, typer.Option(help="Weights are made anew: token, chunk or frozen. Default: the ensemble's.")]
 RefreshTokensOption = Annotated[int | None, typer.Option(help="Tokens of a chunk, or until weights are frozen.")]
 PosteriorDecayOption = Annotated[

@@ -9,12 +9,18 @@ from typing import Annotated
 import typer
 
 from megaxelm.cli.options import (
+    CombineOption,
+    DeviceOption,
+    DraftOption,
+    DraftTokensOption,
+    DtypeOption,
     PosteriorDecayOption,
     PosteriorReadsOption,
     RefreshOption,
     RefreshTokensOption,
     ResidentOption,
     RouterOption,
+    TopMOption,
     open_mixture,
     router_settings,
 )
@@ -31,18 +37,16 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the run's name.")] = None,
     expert: Annotated[str | None, typer.Option(help="One expert alone instead of the mixture; the model is then <run>/<expert>.")] = None,
     router: RouterOption = None,
-    top_m: Annotated[int | None, typer.Option(help="Experts kept and run. Default: the ensemble's.")] = None,
+    top_m: TopMOption = None,
     refresh: RefreshOption = None,
     refresh_tokens: RefreshTokensOption = None,
     posterior_decay: PosteriorDecayOption = None,
     posterior_reads: PosteriorReadsOption = None,
-    combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
-    draft: Annotated[
-        str | None, typer.Option(help="An expert that proposes tokens, which the mixture verifies: the same distribution.")
-    ] = None,
-    draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens that it proposes at a time.")] = 4,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda where there is one.")] = None,
+    combine: CombineOption = None,
+    draft: DraftOption = None,
+    draft_tokens: DraftTokensOption = 4,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
     max_batch: Annotated[int, typer.Option(help="Texts written at one time; the others wait.")] = 32,
     max_tokens: Annotated[
         int | None, typer.Option(help="Places of the KV cache in all, one a token and kept expert. Default: no bound.")

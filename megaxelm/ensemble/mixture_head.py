@@ -19,7 +19,7 @@ from megaxelm.ensemble.running import RunningText
 from megaxelm.ensemble.shards import Shards
 from megaxelm.ensemble.weights import Weights
 from megaxelm_kernels.grouped_linear import grouped_linear
-from megaxelm_kernels.mixture import MixtureToken, Sampling, choose_tokens, mixture_next_token
+from megaxelm_kernels.mixture import MixtureToken, Sampling, choose_tokens, mean_logits, mix_logits, mixture_next_token, row_lse
 from megaxelm_kernels.row_groups import RowGroups
 
 if TYPE_CHECKING:
@@ -136,34 +136,27 @@ class LogitRows:
 
     def _mixed(self, texts: Sequence[int], place: int, kept: Weights, temperature: Tensor | None) -> Tensor:
         product = self._settings.combine == "logit_mean"
-        total: Tensor | None = None
-        for slot in range(kept.experts.shape[1]):
-            logits, weight = self._slot(texts, place, kept, slot)
-            if temperature is not None:
-                logits = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-            if product:
-                term = torch.where(weight[:, None] > -torch.inf, logits * weight.exp()[:, None], 0.0)
-                total = term if total is None else total + term
-            else:
-                term = torch.where(weight[:, None] > -torch.inf, logits - logits.logsumexp(-1, keepdim=True) + weight[:, None], -torch.inf)
-                total = term if total is None else torch.logaddexp(total, term)
-        assert total is not None
+        rows, log_w = self._table(texts, place, kept)
+        warm = None if temperature is None else torch.where(temperature > 0, temperature, 1.0)
+        if not self._place:
+            # No expert of this rank has a say.
+            total = torch.full((len(texts), self._stack.config.vocab_size), 0.0 if product else -torch.inf, device=self._stack.device)
+        elif product:
+            total = mean_logits(self._rows, rows, log_w)
+            total = total if warm is None else total / warm[:, None]
+        else:
+            total = mix_logits(self._rows, rows, log_w, warm)
         if self._reduce is not None:
             total = self._reduce.sum(total) if product else self._reduce.logsumexp(total)
         return total.log_softmax(-1) if product else total
 
-    def _slot(self, texts: Sequence[int], place: int, kept: Weights, slot: int) -> tuple[Tensor, Tensor]:
-        """Logits [texts, vocab] of each text's expert number `slot`, and its log weights, -inf where it has not run here."""
-        experts = kept.experts[:, slot].tolist()
-        rows = [self._place.get((text, place, expert)) for text, expert in zip(texts, experts, strict=True)]
-        device = self._stack.device
-        if not self._place:
-            return torch.zeros(len(texts), self._stack.config.vocab_size, device=device), torch.full(
-                (len(texts),), -torch.inf, device=device
-            )
-        here = torch.tensor([row is not None for row in rows], device=device)
-        logits = self._rows[torch.tensor([row or 0 for row in rows], device=device)]
-        return logits, torch.where(here, kept.log_w[:, slot].to(device, torch.float32), -torch.inf)
+    def _table(self, texts: Sequence[int], place: int, kept: Weights) -> tuple[Tensor, Tensor]:
+        """Row of the logits of each kept expert [texts, m], and the log weights, -inf for what has not run here."""
+        experts, device = kept.experts.tolist(), self._stack.device
+        rows = [[self._place.get((text, place, expert)) for expert in line] for text, line in zip(texts, experts, strict=True)]
+        here = torch.tensor([[row is not None for row in line] for line in rows], device=device)
+        table = torch.tensor([[row or 0 for row in line] for line in rows], device=device)
+        return table, torch.where(here, kept.log_w.to(device, torch.float32), -torch.inf)
 
     @property
     def _rows(self) -> Tensor:
@@ -173,13 +166,12 @@ class LogitRows:
 
     def _token_logprobs(self, texts: Sequence[int], place: int, kept: Weights, tokens: Sequence[int]) -> Tensor:
         """Each kept expert's log-probability [texts, m] fp32 of a token; -inf where it has not run."""
-        columns = []
-        token = torch.tensor(tokens, device=self._stack.device)[:, None]
-        for slot in range(kept.experts.shape[1]):
-            logits, weight = self._slot(texts, place, kept, slot)
-            given = logits.gather(1, token)[:, 0] - logits.logsumexp(-1)
-            columns.append(torch.where(weight > -torch.inf, given, -torch.inf))
-        found = torch.stack(columns, 1)
+        rows, log_w = self._table(texts, place, kept)
+        if self._place:
+            token = torch.tensor(tokens, device=rows.device)[:, None]
+            found = torch.where(log_w > -torch.inf, self._rows[rows, token] - row_lse(self._rows)[rows], -torch.inf)
+        else:
+            found = torch.full(rows.shape, -torch.inf, device=self._stack.device)
         return self._reduce.maximum(found) if self._reduce is not None else found
 
     def _choose(self, mixed: Tensor, drawn_from: Tensor, sampling: Sampling) -> tuple[list[int], list[float]]:

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from byte_ensemble import VOCABULARY, byte_decoder
 
 from megaxelm.ensemble.folder import Ensemble, EnsembleSettings
 from megaxelm.ensemble.routers import RouterData
-from megaxelm.model.config import DecoderConfig
 from megaxelm.model.decoder import Decoder
-
-VOCABULARY = 260
 
 
 class ByteTokenizer:
@@ -52,26 +50,8 @@ class CharSpace:
 
 
 def random_decoder(seed: int, max_positions: int = 128) -> Decoder:
-    """A decoder of two layers whose predictions are far from uniform and differ from seed to seed."""
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=48,
-        max_positions=max_positions,
-        extra={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
-    )
-    decoder = Decoder(config)
-    decoder.initialise(seed)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    return decoder.eval()
+    """One of the experts."""
+    return byte_decoder(seed, max_positions)
 
 
 @pytest.fixture(scope="session")

@@ -401,3 +401,17 @@ def test_a_draft_by_the_only_expert_is_accepted_whole(
 def test_the_first_of_several_stop_strings_ends_the_text() -> None:
     stopper = StopText(["late", "so"])
     assert stopper.push("it was so late") == "it was " and stopper.stopped and stopper.push("more") == ""
+
+
+@pytest.mark.parametrize("combine", ["mixture", "logit_mean"])
+@pytest.mark.parametrize("temperature_on", ["mixture", "experts"])
+def test_a_report_of_alternatives_changes_no_draw(
+    combine: str, temperature_on: str, make_ensemble: Callable[..., Ensemble], decoders: list[Decoder]
+) -> None:
+    """The fused operation and the one that keeps logits draw the same tokens."""
+    ensemble = make_ensemble(decoders)
+    found = []
+    for logprobs in (0, 3):
+        engine = Engine(ensemble, router="uniform", top_m=3, combine=combine, temperature_on=temperature_on)
+        found.append(written(engine, SamplingParams(12, temperature=0.5, seed=2, stop_at_eos=False, logprobs=logprobs)))
+    assert found[0] == found[1]

@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 import pytest
+from byte_ensemble import write_byte_tokenizer
 from scripted_engine import ByteTokenizer, scripted_ids
-from tiny_mixture import write_byte_tokenizer
 
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.ensemble.sampling import SamplingParams
