@@ -17,7 +17,11 @@ def with_values(**sections: dict) -> dict:
     return tree
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(REPOSITORY / "recipes").glob("*.yaml"), *(REPOSITORY / "recipes" / "evidence").glob("*.yaml")]),
+    ids=lambda path: path.stem,
+)
 def test_every_recipe_of_the_project_loads_and_survives_being_resolved(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
