@@ -23,6 +23,12 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
+def write_if_changed(path: Path, value: Any) -> None:
+    """Write JSON where the file is missing or holds another value."""
+    if not path.exists() or path.read_text(encoding="utf-8") != json_text(value):
+        write_json(path, value)
+
+
 def json_text(value: Any) -> str:
     """How `write_json` writes a value."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"

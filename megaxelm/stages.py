@@ -7,12 +7,13 @@ a unit is made from follows from the recipe and, for the experts, from the clust
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaxelm.errors import StageError
-from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
+from megaxelm.files import hash_file, hash_value, read_json, write_if_changed
+from megaxelm.lineage import Entry, lineage_entries, write_lineage
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import (
@@ -21,8 +22,9 @@ from megaxelm.train.members import (
     account_text,
     check_language_weights,
     find_member,
+    line_of,
     member_settings,
-    plan_members,
+    members_of_run,
 )
 
 if TYPE_CHECKING:
@@ -71,11 +73,8 @@ class Stages:
         return self.units(unit)[unit]
 
     def members(self) -> dict[str, Member]:
-        """Seed, dense and experts; the names of the experts are the clusters'."""
-        return plan_members(self.recipe, self._cluster_names())
-
-    def _cluster_names(self) -> list[str]:
-        return list(read_json(self.folder.folder("clusters") / "report.json", names=list)["names"])
+        """Seed, dense and the experts of all rounds; the names of the last round's are the clusters'."""
+        return members_of_run(self.folder, self.recipe)
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {"version": _STAGE_VERSION, **settings}
@@ -121,7 +120,14 @@ class Stages:
         used = ("partitioner", "k", kind, *(["seed"] if kind in ("tfidf", "random") else []))
         settings: dict[str, Any] = {"clusters": {key: value for key, value in result_settings(clusters).items() if key in used}}
         sources: dict[str, str] = {}
-        if kind == "typology" and clusters.typology.distances:
+        by_typology = kind == "typology"
+        if len(self.recipe.rounds) > 1:
+            settings["rounds"] = [item.k for item in self.recipe.rounds]
+            if kind in ("language", "mapping"):
+                # the tree above such clusters is made by the distances of their languages
+                settings["clusters"]["typology"] = result_settings(clusters.typology)
+                by_typology = True
+        if by_typology and clusters.typology.distances:
             table = Path(clusters.typology.distances)
             sources = self._sources("clusters", lambda: {table.name: hash_file(table)} if table.is_file() else {})
         if kind == "tfidf" and clusters.tfidf.assign == "balanced":
@@ -166,12 +172,13 @@ class Stages:
     def _ensemble_made_from(self) -> MadeFrom:
         settings = {"ensemble": result_settings(self.recipe.ensemble), "tfidf": result_settings(self.recipe.clusters.tfidf)}
         fallback = self.recipe.ensemble.fallback
-        experts = [f"experts/{name}" for name, member in self.members().items() if member.kind == "expert" or name == fallback]
+        experts = [f"experts/{name}" for name, member in self.members().items() if member.is_leaf or name == fallback]
         return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
 
     def _evaluation_made_from(self) -> MadeFrom:
         settings = {"evaluation": result_settings(self.recipe.evaluation), "sequence_length": self.recipe.train.sequence_length}
-        members = [f"experts/{name}" for name in self.members()]
+        # Experts of rounds before the last are not evaluated; what branched from them depends on them.
+        members = [f"experts/{name}" for name, member in self.members().items() if member.kind != "expert" or member.is_leaf]
         return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members))
 
     def _report_made_from(self) -> MadeFrom:
@@ -223,12 +230,11 @@ class Stages:
             return self._run_stage(stage, False, None)
 
     def _run_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
-        units = self.units(stage)
         if stage in ("seed", "experts"):
             if stage == "seed":
                 self.say(account_text(self.members()))
-            return self._train_stage(stage, units, forced, expert)
-        made_from = units[stage]
+            return self._train_stage(stage, forced, expert)
+        made_from = self.units(stage)[stage]
         reason = self.folder.status(stage, made_from) or ("asked for" if forced else None)
         if reason is None:
             self.say(f"{stage:<11} fresh")
@@ -240,14 +246,41 @@ class Stages:
         self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
         return True
 
-    def _train_stage(self, stage: str, units: dict[str, MadeFrom], forced: bool, expert: str | None) -> bool:
+    def _train_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
+        """Train what is missing or stale of the seed, or of the experts round by round: a child branches from weights that are there."""
         from megaxelm.train.launch import train_members
 
+        members = self.members()
+        if stage == "seed":
+            rounds = [["seed"]]
+        else:
+            last = max(member.round for member in members.values())
+            # The dense model trains with the last round, or the later rounds would wait for it.
+            place = {name: last if member.kind == "dense" else member.round for name, member in members.items() if member.kind != "seed"}
+            if expert is not None:
+                path = line_of(members, expert)
+                place = {name: number for name, number in place.items() if name in path}
+            rounds = [[name for name, number in place.items() if number == wanted] for wanted in range(1, last + 1)]
+        trained = False
+        for names in rounds:
+            waiting = self._open_experts(stage, names, forced)
+            if waiting:
+                began = time.monotonic()
+                try:
+                    train_members(self.folder, self.recipe, waiting, self._launch)
+                finally:
+                    self.write_lineage()
+                self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
+                trained = True
+        self.write_lineage()
+        return trained
+
+    def _open_experts(self, stage: str, names: Sequence[str], forced: bool) -> list[Member]:
+        """Of these models the ones that have to be trained, their folders ready; what their parents are is on disk by now."""
+        members = self.members()
         waiting = []
-        for unit, made_from in units.items():
-            name = unit.removeprefix("experts/")
-            if expert is not None and stage == "experts" and name != expert:
-                continue
+        for name in names:
+            unit, made_from = f"experts/{name}", self._expert_made_from(members[name])
             reason = self.folder.status(unit, made_from) or ("asked for" if forced else None)
             if reason is None:
                 self.say(f"{stage:<11} {name}: fresh")
@@ -256,13 +289,8 @@ class Stages:
                 moved = self.folder.set_expert_aside(name) if forced else None
                 moved = self.folder.open_expert(name, made_from) or moved
             self.say(f"{stage:<11} {name}: making ({reason})" + (f"; the earlier one is kept in {moved}" if moved else ""))
-            waiting.append(self.members()[name])
-        if waiting:
-            began = time.monotonic()
-            train_members(self.folder, self.recipe, waiting, self._launch)
-            self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
-        self.write_lineage()
-        return bool(waiting)
+            waiting.append(members[name])
+        return waiting
 
     def _require_fresh(self, stages: tuple[str, ...]) -> None:
         for stage in stages:
@@ -288,26 +316,14 @@ class Stages:
                 )
         return member, self._expert_made_from(member)
 
+    def lineage(self) -> dict[str, Entry]:
+        """Every trained model by its name, parents before children: see `megaxelm.lineage`."""
+        return lineage_entries(self.folder, self.members(), self._languages_of)
+
     def write_lineage(self) -> None:
         """lineage.json and account.json: who came from whom, on what, with which weights. Written where they would change."""
-        members = self.members()
-        experts: dict[str, Any] = {}
-        for name, member in members.items():
-            marker = self.folder.marker(f"experts/{name}")
-            if marker is None:
-                continue
-            experts[name] = {
-                "parent": member.parent,
-                "kind": member.kind,
-                "languages": self._languages_of(member) or "by document",
-                "tokens": member.tokens,
-                "steps": member.steps,
-                "weights": marker["weights"],
-            }
-        for file, value in (("lineage.json", {"experts": experts}), ("account.json", account(members))):
-            path = self.folder.path / file
-            if not path.exists() or path.read_text(encoding="utf-8") != json_text(value):
-                write_json(path, value)
+        write_lineage(self.folder, self.lineage())
+        write_if_changed(self.folder.path / "account.json", account(self.members()))
 
     def _make_corpus(self, out: Path) -> None:
         from megaxelm.corpus.prepare import load_manifest, prepare_corpus

@@ -13,14 +13,14 @@ from typing import Annotated
 import typer
 
 from megaxelm import __version__
-from megaxelm.cli import cluster, generate, index, models, plan, recipe, run, score, serve
+from megaxelm.cli import cluster, generate, index, lineage, models, plan, recipe, run, score, serve
 from megaxelm.console import end_on_signals, run_guarded
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train, mix and grow X-ELM language models."
 )
 _VERBS: list[Callable[..., None]] = [
-    *(run.run, run.prepare, run.train, run.submit, run.status, run.evaluate, run.report),
+    *(run.run, run.prepare, run.train, run.submit, run.status, lineage.lineage, run.evaluate, run.report),
     *(models.export, generate.generate, score.score, serve.serve, plan.plan),
 ]
 for verb in _VERBS:

@@ -13,7 +13,7 @@ from megaxelm.model.config import DecoderConfig, num_parameters
 from megaxelm.plan.choose import CONFIGS, Option, choose, options
 from megaxelm.plan.memory import MARGIN, padded_parameters
 from megaxelm.recipe import Recipe
-from megaxelm.train.members import account, plan_members
+from megaxelm.train.members import account, expected_members
 from megaxelm.train.metrics import read_metrics
 from megaxelm.train.throughput import PEAK_TFLOPS, attended, matmul_parameters, peak_tflops, token_flops
 
@@ -45,7 +45,7 @@ def make_plan(
     found = options(recipe, shape, hardware.devices, hardware.memory, CONFIGS)
     best = choose(found)
     k = recipe.clusters.num_clusters or len(recipe.corpus.languages or [])
-    members = plan_members(recipe, [f"cluster-{number}" for number in range(k)]) if k else {}
+    members = expected_members(recipe, [f"cluster-{number}" for number in range(k)]) if k else {}
     table = account(members) if members else None
     seen = attended([train.sequence_length], shape.sliding_window) / train.sequence_length
     state = 14 if train.precision != "fp32" else 16

@@ -16,6 +16,7 @@ from megaxelm.recipe.corpus import (
 )
 from megaxelm.recipe.load import dump_recipe, load_recipe, parse_recipe
 from megaxelm.recipe.reference import recipe_docs
+from megaxelm.recipe.rounds import RoundConfig, round_steps
 from megaxelm.recipe.schema import (
     EnsembleConfig,
     EvaluationConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "MinhashConfig",
     "ModelConfig",
     "Recipe",
+    "RoundConfig",
     "RouterName",
     "Section",
     "SeedConfig",
@@ -59,4 +61,5 @@ __all__ = [
     "parse_recipe",
     "recipe_docs",
     "result_settings",
+    "round_steps",
 ]

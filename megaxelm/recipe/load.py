@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from megaxelm.errors import RecipeError
 from megaxelm.recipe.corpus import SOURCE_KINDS, CatalogSource, FileSource, HuggingFaceSource
 from megaxelm.recipe.schema import Recipe
+from megaxelm.recipe.section import Section
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -138,5 +140,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
             section = {"files": FileSource, "huggingface": HuggingFaceSource, "catalogs": CatalogSource}[str(part)]
             continue
         annotation = section.model_fields[part].annotation
-        section = annotation if isinstance(annotation, type) else section
+        inner = [item for item in (annotation, *typing.get_args(annotation)) if isinstance(item, type) and issubclass(item, Section)]
+        section = inner[0] if inner else section
     return list(section.model_fields)

@@ -12,9 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from megaxelm.recipe.clusters import ClustersConfig
 from megaxelm.recipe.corpus import CorpusConfig, ExecutorConfig, TokenizerConfig
-from megaxelm.recipe.section import NO_EFFECT, Section
-
-Schedule = Literal["linear", "cosine", "constant", "wsd"]
+from megaxelm.recipe.rounds import RoundConfig, check_rounds, round_steps
+from megaxelm.recipe.section import NO_EFFECT, Schedule, Section
 
 
 class ModelConfig(Section):
@@ -276,6 +275,9 @@ class Recipe(Section):
     """Training of dense baseline and experts."""
     experts: ExpertsConfig = ExpertsConfig()
     """The experts and what they are compared with."""
+    rounds: list[RoundConfig] = []
+    """Rounds of hierarchical training, e.g. `[{k: 4}, {k: 8}, {k: 16}]`: each expert branches from its parent's of the round before, down
+    the tree of the clusters; the last round's experts are the run's. Empty: all branch from the seed."""
     export: ExportConfig = ExportConfig()
     """Hugging Face checkpoints."""
     ensemble: EnsembleConfig = EnsembleConfig()
@@ -326,6 +328,8 @@ class Recipe(Section):
                 f"train.batch_sequences = {train.batch_sequences} is not a multiple of clusters.k = {k}, so the experts cannot share "
                 f"the batch equally: choose {near}, for example"
             )
+        if self.rounds:
+            self._check_rounds(k)
         if k and (self.ensemble.top_m or 1) > k:
             raise ValueError(
                 f"ensemble.top_m = {self.ensemble.top_m} is more than clusters.k = {k}, the number of experts: choose 1 to {k}"
@@ -339,3 +343,13 @@ class Recipe(Section):
         if self.ensemble.fallback == "dense" and not self.experts.dense:
             raise ValueError("ensemble.fallback = dense needs the dense baseline: set experts.dense = true, or the fallback to seed")
         return self
+
+    def _check_rounds(self, k: int | None) -> None:
+        experts, train = self.experts, self.train
+        if experts.batch_sequences is not None:
+            raise ValueError(
+                f"experts.batch_sequences = {experts.batch_sequences} and rounds: each of a round's k experts gets "
+                "train.batch_sequences / k; leave out experts.batch_sequences"
+            )
+        check_rounds(self.rounds, k, train.batch_sequences, self.clusters.partitioner)
+        round_steps(self.rounds, experts.steps or train.steps, experts.allow_unequal_tokens)
