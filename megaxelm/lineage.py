@@ -6,7 +6,8 @@
 
 `kind` is seed, dense, expert, grown (added by `megaxelm grow`) or lapt (a comparison, never in the ensemble). `round` is 0 for the seed and
 one more with each branch. `data` is a fingerprint of the text that it was trained on. `tokens` are its own, `tokens_seen` also those of its
-ancestors. `weights` is the hash of its export, `parent_weights` that of its parent's when it branched; null where that is not known.
+ancestors. `weights` is the hash of its export, `parent_weights` that of its parent's when it branched; null where that is not known. An
+expert that was left out of the ensemble later also has `dropped`: true.
 
 The experts follow from the markers of their folders and can be written anew at any time. The history cannot: each event holds the hashes of
 all exports before and after, which is the proof that growing a run touched nothing that was there.
@@ -64,10 +65,14 @@ def lineage_entries(run: RunFolder, members: Mapping[str, Member], languages_of:
             "parent_weights": None if parent is None else branched or _parent_weights(run, marker, parent),
             "folder": f"experts/{name}",
         }
-    for grown in _read_grown(run.path):
+    growth = _read_growth(run.path)
+    for grown in growth["grown"]:
         entry = _grown_entry(run, grown, entries)
         if entry is not None:
             entries[grown["name"]] = entry
+    for name in growth["dropped"]["experts"]:
+        if name in entries:
+            entries[name]["dropped"] = True
     for name, entry in entries.items():
         line = _line(entries, members, name)
         entry["tokens_seen"] = sum(entries[at]["tokens"] if at in entries else members[at].tokens for at in line)
@@ -89,10 +94,10 @@ def read_history(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def record_event(run_folder: Path, what: str, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
-    """Add an event to the history of a run, with the hashes of all exports before and after it (`export_hashes`).
+    """Add an event to the history of a run, with the hashes of all exports before and after it.
 
     Args:
-        what: the event in words, e.g. "grow az from tr".
+        what: the event in words, e.g. "grow az from tr". before, after: hashes (`model.hub.weights_hash`) by name.
 
     Returns:
         The event; `changed` names the models whose weights are not what they were, and is empty when nothing was touched.
@@ -109,23 +114,6 @@ def record_event(run_folder: Path, what: str, before: Mapping[str, str], after: 
     record = _read(run_folder)
     write_json(run_folder / LINEAGE, record | {"history": [*record["history"], event]})
     return event
-
-
-def export_folders(run_folder: Path) -> dict[str, Path]:
-    """The export of every model that lies in a run, the grown ones included, by name."""
-    found = {path.parent.parent.name: path.parent for path in sorted(run_folder.glob("experts/*/export/config.json"))}
-    for path in sorted(run_folder.glob("grown/*/experts/*/export/config.json")):
-        name = path.parents[3].name
-        if path.parents[1].name == name:  # the others are what it branched from
-            found[name] = path.parent
-    return found
-
-
-def export_hashes(run_folder: Path) -> dict[str, str]:
-    """Hash of the weights of every export that lies in a run, read anew from the disk (`model.hub.weights_hash`)."""
-    from megaxelm.model.hub import weights_hash
-
-    return {name: weights_hash(folder) for name, folder in _with_bar(export_folders(run_folder))}
 
 
 def check_lineage(run_folder: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -181,7 +169,9 @@ def _words(name: str, entry: Entry) -> str:
     languages = entry["languages"] if isinstance(entry["languages"], str) else " ".join(entry["languages"])
     kind = "" if entry["kind"] == name else f"{entry['kind']}, "
     tokens = f"{entry['tokens']:,} tokens" + (f", {entry['tokens_seen']:,} seen" if entry["tokens_seen"] != entry["tokens"] else "")
-    return f"{kind}round {entry['round']}; {languages}; {tokens}; weights {entry['weights'][:10]}"
+    return (
+        f"{kind}round {entry['round']}; {languages}; {tokens}; weights {entry['weights'][:10]}{'; dropped' if entry.get('dropped') else ''}"
+    )
 
 
 def _read(run_folder: Path) -> dict[str, Any]:
@@ -195,17 +185,16 @@ def _read(run_folder: Path) -> dict[str, Any]:
     return record | {"history": record.get("history", [])}
 
 
-def _read_grown(run_folder: Path) -> list[dict[str, Any]]:
-    """Experts that were grown after the run: rows of growth.json."""
+def _read_growth(run_folder: Path) -> dict[str, Any]:
+    """What was grown and dropped after the run, as `growth.json` has it."""
     path = run_folder / "growth.json"
-    return list(read_json(path, grown=list)["grown"]) if path.exists() else []
+    return read_json(path, grown=list, dropped=dict) if path.exists() else {"grown": [], "dropped": {"experts": []}}
 
 
 def _grown_entry(run: RunFolder, grown: Mapping[str, Any], entries: Mapping[str, Entry]) -> Entry | None:
     """A grown expert lies in a run of its own, whose seed is the donor."""
     name = grown["name"]
-    inner = RunFolder(run.path / "grown" / name)
-    marker, donor = inner.marker(f"experts/{name}"), inner.marker("experts/seed")
+    marker = RunFolder(run.path / "grown" / name).marker(f"experts/{name}")
     if marker is None:
         return None
     parent = entries.get(grown["donor"])
@@ -217,7 +206,7 @@ def _grown_entry(run: RunFolder, grown: Mapping[str, Any], entries: Mapping[str,
         "data": _data(marker),
         **_size(marker["settings"].get("member", {})),
         "weights": marker["weights"],
-        "parent_weights": donor["weights"] if donor else None,
+        "parent_weights": grown["donor_weights"],
         "folder": f"grown/{name}/experts/{name}",
     }
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaxelm.errors import MegaxelmError
+from megaxelm.errors import MegaxelmError, StageError
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import STAGES, Stages
@@ -61,7 +61,10 @@ def run_status(run: RunFolder) -> tuple[list[str], list[MemberStatus]]:
     if not (run.folder("clusters") / "report.json").exists():
         lines += [f"Slurm, {name}: {queue[note['job']]}" for name, note in jobs.items() if note["job"] in queue]
         return [*lines, "the models are known when the clusters are made"], []
-    members = stages.members()
+    try:
+        members = stages.members()
+    except StageError as error:
+        return [*lines, str(error)], []
     in_slurm = _jobs_of_members(jobs, members, recipe)
     statuses = [_member_status(stages, member, queue.get(in_slurm.get(member.name, ""), "")) for member in members.values()]
     others = [

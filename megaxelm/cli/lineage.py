@@ -17,6 +17,7 @@ def lineage(
 ) -> None:
     """Draw the tree of a run's models: parent, round, languages, tokens, weights; and what was grown since."""
     import json
+    import sys
 
     from rich.console import Console
 
@@ -33,8 +34,9 @@ def lineage(
     if as_json:
         print(json.dumps({"experts": entries, "history": history} | ({"wrong": wrong} if check else {}), ensure_ascii=False))
     else:
-        console = Console()
-        console.print(lineage_tree(folder.name, entries), soft_wrap=True)
+        # A file or a pipe has no width to keep to.
+        console = Console(width=None if sys.stdout.isatty() else 240)
+        console.print(lineage_tree(folder.name, entries))
         for event in history:
             touched = f"changed: {', '.join(event['changed'])}" if event["changed"] else "what was there before is unchanged"
             console.print(f"{event['when']}  {event['what']}: {touched}", markup=False, highlight=False, soft_wrap=True)

@@ -32,7 +32,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Member:
-    """One node of the lineage graph. `parent` is None for a root; tokens and steps are its own, without its ancestors'."""
+    """One node of the lineage graph. `parent` is None for a root; tokens and steps are its own, without its ancestors'; `tokens_seen` has
+    theirs too. `round` counts the branches down from the seed. `folder` is that of its training, relative to the run."""
 
     name: str
     parent: str | None
@@ -41,6 +42,9 @@ class Member:
     tokens: int | None
     steps: int | None
     weights: str | None
+    round: int | None = None
+    tokens_seen: int | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def load_run(run_folder: Path) -> RunData:
         settings=dict(results.mapping("settings", optional=True).values),
         account=_load_account(run_folder, results, missing),
         members=members,
-        curves=_load_curves(run_folder, [*members, *experts], missing),
+        curves=_load_curves(run_folder, members, [*members, *experts], missing),
         clusters=_load_clusters(run_folder, missing),
         corpus=corpus,
         sources=sources,
@@ -223,20 +223,24 @@ def _load_members(run_folder: Path, missing: list[str]) -> dict[str, Member]:
             tokens=row.count("tokens"),
             steps=row.count("steps"),
             weights=row.text("weights", "") or None,
+            round=row.count("round"),
+            tokens_seen=row.count("tokens_seen"),
+            folder=row.text("folder", f"experts/{name}"),
         )
     return members
 
 
-def _load_curves(run_folder: Path, known: list[str], missing: list[str]) -> dict[str, Curve]:
-    folder = run_folder / "experts"
-    found = {path.parent.name: path for path in sorted(folder.glob("*/metrics.jsonl"))}
+def _load_curves(run_folder: Path, members: dict[str, Member], known: list[str], missing: list[str]) -> dict[str, Curve]:
+    found = {path.parent.name: path for path in sorted((run_folder / "experts").glob("*/metrics.jsonl"))}
+    elsewhere = {name: run_folder / member.folder / "metrics.jsonl" for name, member in members.items()}
+    found |= {name: path for name, path in elsewhere.items() if path.is_file()}
     order = [name for name in dict.fromkeys(known) if name in found] + [name for name in found if name not in known]
     curves = {}
     for name in order:
         curve = _curve(found[name])
         if curve.skipped_lines:
             missing.append(
-                f"experts/{name}/metrics.jsonl: {curve.skipped_lines} unreadable line(s), left by a killed training, are not drawn"
+                f"{found[name].relative_to(run_folder)}: {curve.skipped_lines} unreadable line(s), left by a killed training, are not drawn"
             )
         if curve.steps:
             curves[name] = curve

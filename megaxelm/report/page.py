@@ -40,6 +40,8 @@ def render_page(run: RunData, drawings: dict[str, Drawing]) -> str:
         perplexity=lambda model, code: f"{model.perplexity[code]:.4g}" if math.isfinite(model.perplexity[code]) else "n/a",
         account=_account_rows(run),
         roots=lineage_roots(run.members),
+        rounds=max((member.round or 0 for member in run.members.values() if member.kind == "expert"), default=0),
+        deepest=max((member.round or 0 for member in run.members.values()), default=0),
         curves=run.curves,
         sources={name: _table(rows) for name, rows in run.sources.items()},
         owner=cluster_of_language(run.clusters) if run.clusters else {},
