@@ -70,7 +70,7 @@ class Checkpoints:
         if saved is None:
             return Progress(0, 0)
         if saved.layout == self.layout:
-            loaded, state = engine.load_checkpoint(str(self.folder), tag=saved.folder.name)
+            loaded, state = engine.load_checkpoint(str(self.folder), tag=saved.folder.name, load_module_strict=not _frozen(engine))
             assert loaded is not None and state["step"] == saved.progress.step, "a verified checkpoint loads"
         else:
             self._carry_over(saved, engine)
@@ -94,7 +94,13 @@ class Checkpoints:
         state = {"step": progress.step, "samples": progress.samples}
         before, engine.checkpoint_engine = engine.checkpoint_engine, writer
         try:
-            engine.save_checkpoint(str(self.folder), tag=making(self.folder, progress.step).name, client_state=state, save_latest=False)
+            engine.save_checkpoint(
+                str(self.folder),
+                tag=making(self.folder, progress.step).name,
+                client_state=state,
+                save_latest=False,
+                exclude_frozen_parameters=_frozen(engine),
+            )
         finally:
             engine.checkpoint_engine = before
         if self.asynchronous:
@@ -185,3 +191,8 @@ class Checkpoints:
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
+
+
+def _frozen(engine: Any) -> bool:
+    """Whether parts of the model are not trained: they come from the parent and are no part of a checkpoint."""
+    return any(not parameter.requires_grad for parameter in engine.module.parameters())

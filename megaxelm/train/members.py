@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megaxelm.errors import RecipeError, TrainError
-from megaxelm.recipe import Recipe, result_settings
+from megaxelm.recipe import LoraConfig, Recipe, result_settings
 
 _RATE = ("lr", "schedule", "warmup_steps", "final_lr_ratio", "decay_share", "language_alpha")
 
@@ -91,7 +91,8 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Memb
     for name in cluster_names:
         if name in members:
             raise RecipeError(f"a cluster is named `{name}`, which is taken: rename the language or cluster")
-        members[name] = member(name, "expert", (name,), expert_steps, expert_batch)
+        lr = recipe.experts.lora.lr if recipe.experts.kind == "lora" else None
+        members[name] = member(name, "expert", (name,), expert_steps, expert_batch, lr=lr)
     _check_equal(recipe, members)
     return members
 
@@ -155,6 +156,11 @@ def _check_equal(recipe: Recipe, members: dict[str, Member]) -> None:
         )
 
 
+def lora_settings(recipe: Recipe, member: Member) -> LoraConfig | None:
+    """The low-rank deltas that a member is trained as; None where it has weights of its own."""
+    return recipe.experts.lora if recipe.experts.kind == "lora" and member.kind == "expert" else None
+
+
 def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
     """What the trained weights of a member depend on in the recipe, for its marker."""
     if member.kind == "seed" and recipe.seed.load:
@@ -167,7 +173,10 @@ def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
         common["micro_batch_size"] = recipe.train.micro_batch_size
     if member.parent is not None:
         model = {key: model[key] for key in ("dropout", "attention_dropout")}
-    return {"member": asdict(member), "train": common, "model": model, "export": result_settings(recipe.export)}
+    settings = {"member": asdict(member), "train": common, "model": model, "export": result_settings(recipe.export)}
+    lora = lora_settings(recipe, member)
+    # Of a member with weights of its own the marker is what it was before there were deltas.
+    return settings if lora is None else settings | {"lora": result_settings(lora)}
 
 
 def find_member(members: dict[str, Member], name: str) -> Member:
