@@ -70,7 +70,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     shared = dict(options)
     if config.sequence_parallel > 1:
         shared["exchange"] = Exchange(sequence_group(setting.processes, config.sequence_parallel))
-    checkpoints = _checkpoints(setting)
+    checkpoints = _checkpoints(setting, partial=source.adapter is not None)
     if source.adapter is not None:
         fill_frozen(engine, source.part)  # checkpoints hold what is trained
     start = checkpoints.resume(engine)
@@ -261,7 +261,7 @@ class _Window:
         return found
 
 
-def _checkpoints(setting: Setting) -> Checkpoints:
+def _checkpoints(setting: Setting, partial: bool) -> Checkpoints:
     config, stage = setting.recipe.train, setting.ds_config["zero_optimization"]["stage"]
     return Checkpoints(
         setting.folder / "checkpoints",
@@ -270,6 +270,7 @@ def _checkpoints(setting: Setting) -> Checkpoints:
         keep=config.keep_checkpoints,
         keep_every=config.keep_every,
         asynchronous=config.async_checkpoints,
+        partial=partial,
     )
 
 
