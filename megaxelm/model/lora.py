@@ -67,8 +67,11 @@ def lora_from_recipe(settings: LoraConfig, config: DecoderConfig) -> Lora:
 def _target_shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
     """Projections with a delta, in the order of the model: module -> (out, in)."""
     shapes = parameter_shapes(config)
-    modules = [f"layers.{layer}.{target}" for layer in range(config.num_layers) for target in lora.targets]
-    return {module: shapes[f"{module}.weight"] for module in modules}
+    return {module: shapes[f"{module}.weight"] for module in _target_modules(config, lora)}
+
+
+def _target_modules(config: DecoderConfig, lora: Lora) -> list[str]:
+    return [f"layers.{layer}.{target}" for layer in range(config.num_layers) for target in lora.targets]
 
 
 def lora_shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
@@ -89,10 +92,11 @@ def add_lora(decoder: Decoder, lora: Lora) -> None:
     """Give `decoder` deltas, all zero, and freeze the rest. Under `deepspeed.zero.Init` they are divided as the decoder is."""
     decoder.requires_grad_(False)
     decoder.delta_dropout = lora.dropout
-    weight = decoder.norm.weight
-    for number, (module, (size_out, size_in)) in enumerate(_target_shapes(decoder.config, lora).items()):
+    for number, module in enumerate(_target_modules(decoder.config, lora)):
         projection = decoder.get_submodule(module)
         assert isinstance(projection, Linear), module
+        weight = projection.weight
+        size_out, size_in = getattr(weight, "ds_shape", weight.shape)  # one that is divided is empty itself
         parts = (Linear(size_in, lora.rank, bias=False), Linear(lora.rank, size_out, bias=False))
         lora_a, lora_b = (part if hasattr(weight, "ds_id") else part.to(weight.device, weight.dtype) for part in parts)
         projection.add_low_rank(lora_a, lora_b, lora.scale, lora.dropout, _FIRST_SITE + number)

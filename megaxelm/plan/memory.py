@@ -93,18 +93,24 @@ def layer_activations(config: DecoderConfig, work: Work, lora: Lora | None = Non
     saved = width * (attention + feed_forward)
     if config.qk_norm and not fused:
         saved += 2 * 4 * (heads + kv_heads)  # two fp32 forms of q and k that torch's norm keeps
-    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" and not fused else 2)  # the fp32 copy that torch's norm keeps
+    # The fp32 copy that torch's norm keeps, for the gradient of its weight.
+    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" and not fused and lora is None else 2)
     scores = 4 * config.num_heads  # log-sum-exp of the attention
     return work.tokens * (saved + norms + scores + _delta_activations(config, work, lora))
 
 
 def _delta_activations(config: DecoderConfig, work: Work, lora: Lora | None) -> int:
-    """Bytes a token that the deltas of a layer keep: the product with A of each, and with dropout its input and mask."""
+    """Bytes a token that the deltas of a layer keep: the product with A of each, and with dropout its input and mask. The projections
+    themselves are frozen and keep no input."""
     if lora is None:
         return 0
     width = _BYTES[work.precision]
-    inputs = sum(shape[1] for name, shape in lora_shapes(config, lora).items() if name.startswith("layers.0.") and ".lora_A." in name)
-    return width * lora.rank * len(lora.targets) + (inputs * (width + 1) if lora.dropout else 0)
+    kept = width * lora.rank * len(lora.targets)
+    if lora.dropout:
+        inputs = [shape[1] for name, shape in lora_shapes(config, lora).items() if name.startswith("layers.0.") and ".lora_A." in name]
+        alone = 2 * config.hidden_size + config.num_heads * config.head_dim + config.intermediate_size
+        kept += sum(inputs) * (width + 1) - alone * width
+    return kept
 
 
 def activations(config: DecoderConfig, work: Work, lora: Lora | None = None) -> int:

@@ -17,6 +17,7 @@ from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import Preempted, TrainError
 from megaxelm.files import write_json
 from megaxelm.model.decoder import Decoder
+from megaxelm.model.lora import lora_parameters
 from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
 from megaxelm.train.ds_config import offloads
 from megaxelm.train.engine import build_model, fill_engine, fill_frozen, start_engine, starting_weights
@@ -82,7 +83,8 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     bar = progress_bar(member, start.step) if setting.is_first else range(start.step, member.steps)
     stop = StopRequest(setting.folder, setting.processes.rank, setting.processes.world_size)
     with Watchdog(config.hang_seconds) as watchdog:
-        meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops)
+        deltas = 0 if source.adapter is None else lora_parameters(model.config, source.adapter.lora)
+        meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops, deltas)
         loop = Loop(setting, Steps(setting, engine, blend, shared, meter), checkpoints, metrics, start.step)
         with Profile(setting.folder / "profile", setting.profile, setting.processes.rank) as profile:
             loop.run(bar, stop, watchdog, held_out, profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lora_models import CONFIGS, adapted, base_decoder, logits, lora_of, merged,
 from megaxelm.errors import ModelError
 from megaxelm.model.adapter_files import save_adapter
 from megaxelm.model.adapter_files import write_adapter as write_checked
+from megaxelm.model.config import DecoderConfig
 from megaxelm.model.decoder import Decoder, dropout_keys
 from megaxelm.model.export import export_to
 from megaxelm.model.hub import load_config, load_pretrained, open_pretrained, weights_hash
@@ -323,3 +325,92 @@ def test_settings_that_contradict_are_told() -> None:
     with pytest.raises(RecipeError, match="experts.lora.targets: name at least one projection, and each once"):
         parse_recipe(tiny_recipe(Path("x"), experts={"kind": "lora", "lora": {"targets": ["q_proj", "q_proj"]}}))
     assert lora_from_recipe(LoraConfig(), CONFIGS["llama"]).scale == 2.0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_plan_counts_what_autograd_keeps_and_what_is_trained(dropout: float) -> None:
+    from megaxelm.plan.memory import Work, activations, loss_memory, padded_parameters, plan_memory
+
+    config = replace(CONFIGS["llama"], num_layers=6)  # the first layer keeps less: what it reads needs no gradient
+    lora = lora_of(config, rank=8, dropout=dropout)
+    decoder = Decoder(config).train()
+    add_lora(decoder, lora)
+    own = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, keys = torch.arange(120), dropout_keys(0, 1, torch.zeros(120, dtype=torch.int64), torch.arange(120))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder(tokens, tokens, torch.tensor([0, 120]), dropout=keys)
+    work = Work(1, 120, 0, 64, "fp32")
+    assert activations(config, work, lora) == pytest.approx(sum(kept.values()), rel=0.15)
+    trained = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    for stage, ranks in ((0, 1), (2, 4), (3, 4)):
+        ds_config = {"zero_optimization": {"stage": stage}}
+        whole = plan_memory(config, ds_config, ranks, replace(work, precision="bf16"), True)
+        deltas = plan_memory(config, ds_config, ranks, replace(work, precision="bf16"), True, lora)
+        assert deltas.optimizer == 12 * trained // (ranks if stage else 1)
+        assert deltas.weights == pytest.approx(whole.weights + 2 * trained / (ranks if stage == 3 else 1), abs=8 * trained)
+        assert deltas.total < whole.total
+    assert loss_memory(config, work, "cpu") - loss_memory(config, work, "cpu", frozen=True) == 8 * padded_parameters_of_head(config)
+    assert padded_parameters(config) + trained == sum(parameter.numel() for parameter in decoder.parameters())
+
+
+def padded_parameters_of_head(config: DecoderConfig) -> int:
+    return config.padded_vocab_size * config.hidden_size
+
+
+def test_the_plan_tells_what_an_expert_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    from tiny_run import tiny_recipe
+
+    from megaxelm.plan.table import Hardware, make_plan, show_plan
+    from megaxelm.recipe import parse_recipe
+    from megaxelm.train.shape import model_shape
+
+    tree = tiny_recipe(Path("x"), experts={"kind": "lora", "lora": {"rank": 4}})
+    recipe = parse_recipe(tree)
+    shape = model_shape(recipe, 400)
+    plan = make_plan(recipe, shape, Hardware(1, 1, 10**10), None, "unknown", None)
+    lora = lora_from_recipe(recipe.experts.lora, shape)
+    assert plan["deltas"]["trained_parameters"] == lora_parameters(shape, lora)
+    assert 0 < plan["deltas"]["total"] < plan["choice"]["total"]
+    show_plan(plan)
+    assert f"an expert trains {lora_parameters(shape, lora):,} parameters of low-rank deltas" in capsys.readouterr().out
+    assert "deltas" not in make_plan(parse_recipe(tiny_recipe(Path("x"))), shape, Hardware(1, 1, 10**10), None, "unknown", None)
+
+
+def test_the_flops_of_a_token_are_those_that_torch_counts() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megaxelm.train.throughput import token_flops
+
+    decoder = unmerged(adapted_in_memory())
+    config, length = decoder.config, 60
+    tokens = torch.arange(3, 63)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        hidden = decoder(tokens, torch.arange(length), torch.tensor([0, length]))
+        decoder.logits(hidden).sum().backward()
+    deltas = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    # What the first layer's q, k and v read needs no gradient.
+    width = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
+    unneeded = 2 * config.hidden_size * (width + 3 * 3)
+    padding = 4 * (config.padded_vocab_size - config.vocab_size) * config.hidden_size
+    expected = token_flops(config, length, deltas) - unneeded + padding
+    assert counter.get_total_flops() / length == expected
+
+
+def adapted_in_memory() -> WeightSource:
+    from lora_models import random_deltas
+
+    from megaxelm.model.lora import adapted_source
+    from megaxelm.model.source import decoder_source
+
+    config = CONFIGS["xglm"]
+    lora = lora_of(config)
+    return adapted_source(decoder_source(base_decoder(config)), lora, random_deltas(config, lora, 0).__getitem__, Path("base"))

@@ -68,11 +68,20 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
         yield lives
 
 
-def train(lives: Lives, run: Path, stage: int, precision: str, expert: str = EXPERT, ranks: int = 2, death: Death | None = None) -> Life:
+def train(
+    lives: Lives,
+    run: Path,
+    stage: int,
+    precision: str,
+    *settings: str,
+    expert: str = EXPERT,
+    ranks: int = 2,
+    death: Death | None = None,
+) -> Life:
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {}}}
     path = run.parent / f"zero{stage}.json"
     path.write_text(json.dumps(config))
-    sets = [part for setting in (*SETTINGS, f"train.precision={precision}") for part in ("--set", setting)]
+    sets = [part for setting in (*SETTINGS, f"train.precision={precision}", *settings) for part in ("--set", setting)]
     life = lives.live(str(run), "--expert", expert, "--deepspeed_config", str(path), *sets, ranks=ranks, death=death)
     assert death or (run / "experts" / expert / MARKER).exists(), life.output
     return life
@@ -93,7 +102,7 @@ def seeded(lives: Lives, _indexed_run: Path, tmp_path_factory: pytest.TempPathFa
     for precision in ("fp32", "bf16"):
         found[precision] = tmp_path_factory.mktemp(precision) / "tiny"
         shutil.copytree(_indexed_run / "runs" / "tiny", found[precision])
-        train(lives, found[precision], 1, precision, "seed", ranks=1)
+        train(lives, found[precision], 1, precision, expert="seed", ranks=1)
     return found
 
 
@@ -125,6 +134,28 @@ def test_every_zero_stage_on_two_ranks_is_one_rank(stage: int, whole: Whole) -> 
     ours, theirs = (load_pretrained(folder / "experts" / EXPERT / "export") for folder in (run, alone))
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=0, atol=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputed_activations_and_asynchronous_checkpoints_change_nothing(
+    stage: int, lives: Lives, whole: Whole, seeded: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(seeded["fp32"], run)
+    train(lives, run, stage, "fp32", "train.activation_checkpointing=full", "train.async_checkpoints=true")
+    assert outcome(run)[0] == pytest.approx(outcome(whole(stage, "fp32")[1])[0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_dropout_of_the_deltas_alone_is_drawn(lives: Lives, seeded: dict[str, Path], tmp_path: Path) -> None:
+    losses = []
+    for number, dropout in enumerate((0.0, 0.5)):
+        run = tmp_path / str(number) / "tiny"
+        shutil.copytree(seeded["fp32"], run)
+        train(lives, run, 0, "fp32", "model.dropout=0.0", f"experts.lora.dropout={dropout}", ranks=1)
+        losses.append(outcome(run)[0])
+    assert losses[0][0] == losses[1][0] and losses[0][1:] != losses[1][1:]  # B is zero in the first step
 
 
 @pytest.mark.slow
