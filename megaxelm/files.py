@@ -69,6 +69,11 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds an exported model: a Hugging Face checkpoint, or an adapter beside its base."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def replace_folder(made: Path, target: Path) -> None:
     """Put `made` where `target` is. Between the two renames `target` is missing, never half there."""
     old = target.with_name(f".{target.name}.old")

@@ -142,7 +142,7 @@ class Stages:
         settings = self._settings(member_settings(self.recipe, member))
         if member.kind == "seed" and self.recipe.seed.load:
             loaded = Path(self.recipe.seed.load)
-            sources = self._sources("experts/seed", lambda: _folder_sources(loaded, ("config.json", "*.safetensors", "*.bin")))
+            sources = self._sources("experts/seed", lambda: _model_sources(loaded))
             return MadeFrom(settings, self._fingerprints("tokenizer"), sources)
         languages = self._languages_of(member)
         if languages is None:
@@ -400,6 +400,17 @@ def _corpus_summary(manifest: dict[str, Any]) -> list[str]:
         first = broken["examples"][0]
         lines.append(f"{broken['count']:,} broken documents were left out, the first: {first} (all examples: corpus/manifest.json)")
     return lines
+
+
+def _model_sources(path: Path) -> dict[str, str]:
+    """Hashes of a model's files; of an adapter those of its base too."""
+    patterns = ("config.json", "*.safetensors", "*.bin")
+    if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return _folder_sources(path, patterns)
+    from megaxelm.model.adapter_files import base_folder
+
+    base = {f"base/{name}": value for name, value in _model_sources(Path(base_folder(path))).items()}
+    return _folder_sources(path, ("adapter_config.json", "*.safetensors")) | base
 
 
 def _folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:

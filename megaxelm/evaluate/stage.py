@@ -19,7 +19,7 @@ from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.scoring import mixture_logprob
 from megaxelm.errors import StageError
 from megaxelm.evaluate.perplexity import HeldOut, Score, read_held_out, score_models, score_streams
-from megaxelm.files import read_json, write_json
+from megaxelm.files import is_model_folder, read_json, write_json
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _device() -> str:
 
 def _loader(run_folder: Path, name: str) -> Callable[[], Decoder]:
     folder = run_folder / "experts" / name / "export"
-    if not (folder / "config.json").is_file():
+    if not is_model_folder(folder):
         raise StageError(f"evaluation: `{name}` has no export in experts/{name}/export; make it: megaxelm run RECIPE --until experts")
 
     def load() -> Decoder:

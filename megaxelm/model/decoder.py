@@ -65,6 +65,7 @@ class Decoder(nn.Module):
         self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.head = Head(config, self.embed.weight if config.tie_embeddings else None)
         self.checkpointed_every = 0
+        self.delta_dropout = 0.0  # of the inputs of low-rank deltas, where there are any
 
     @property
     def device(self) -> torch.device:
@@ -240,11 +241,12 @@ class Decoder(nn.Module):
             raise ModelError(
                 f"a document of {layout.longest} tokens is longer than max_positions = {config.max_positions}: cut it, or use another model"
             )
-        drops = training and config.residual_dropout > 0
+        drops = training and (config.residual_dropout > 0 or self.delta_dropout > 0)
         if drops and dropout is None:
+            which = "residual_dropout" if config.residual_dropout else "dropout of the low-rank deltas"
             raise ModelError(
-                f"residual_dropout = {config.residual_dropout} in training mode needs dropout keys: pass dropout=dropout_keys(...), "
-                "or call eval() or set_dropout(0, 0)"
+                f"{which} = {config.residual_dropout or self.delta_dropout} in training mode needs dropout keys: pass "
+                "dropout=dropout_keys(...), or call eval() or set_dropout(0, 0)"
             )
         around = PackedSurroundings(
             layout=layout,

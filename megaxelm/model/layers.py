@@ -34,8 +34,8 @@ class Surroundings(Protocol):
         """Attention of `q` [N, heads, d] over `k`, `v` [N, kv_heads, d] and what came before them -> [N, heads, d]."""
         ...
 
-    def drop(self, x: Tensor, site: int) -> Tensor:
-        """Residual dropout of `x` [N, H] at one place of the model."""
+    def drop(self, x: Tensor, site: int, p: float | None = None) -> Tensor:
+        """Dropout of `x` [N, H] at one place of the model, with the residual probability or with `p`."""
         ...
 
 
@@ -66,8 +66,10 @@ class PackedSurroundings:
             q, k, v, self.layout, sliding_window=self.sliding_window, dropout_p=self.attention_dropout, backend=self.backend
         )
 
-    def drop(self, x: Tensor, site: int) -> Tensor:
-        return x if self.dropout is None else keyed_dropout(x, self.dropout.token_keys, site, self.residual_dropout)
+    def drop(self, x: Tensor, site: int, p: float | None = None) -> Tensor:
+        if self.dropout is None:
+            return x
+        return keyed_dropout(x, self.dropout.token_keys, site, self.residual_dropout if p is None else p)
 
 
 class Norm(nn.Module):
@@ -95,20 +97,34 @@ class AddNorm(Norm):
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias; the weight is allocated, not drawn: `Decoder.initialise` or a checkpoint fills it."""
+    """x @ weight.T + bias; the weight is allocated, not drawn: `Decoder.initialise` or a checkpoint fills it.
+
+    With a low-rank delta (`add_low_rank`; Hu et al. 2021, section 4.1) scale * (x @ lora_A.weight.T) @ lora_B.weight.T is added. A and B
+    are modules of their own, since ZeRO-3 gathers a weight for the module that owns it.
+    """
 
     def __init__(self, size_in: int, size_out: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size_out, size_in))
         self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
+        self.lora_A: Linear | None = None
+        self.lora_B: Linear | None = None
 
-    def forward(self, x: Tensor, gelu: str | None = None, kernels: str = "torch") -> Tensor:
-        """`gelu`: None, or `none` or `tanh`: the activation of the product, exact or approximate."""
+    def add_low_rank(self, lora_A: Linear, lora_B: Linear, scale: float, dropout: float, site: int) -> None:
+        """Add a delta. `lora_A` [rank, in], `lora_B` [out, rank]; `dropout` is of the delta's input, at place `site` of the model."""
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.lora_scale, self.lora_dropout, self.lora_site = scale, dropout, site
+
+    def forward(self, x: Tensor, gelu: str | None = None, kernels: str = "torch", around: Surroundings | None = None) -> Tensor:
+        """`gelu`: None, or `none` or `tanh`: the activation of the product, exact or approximate. `around`: who drops a delta's input."""
+        fused = gelu is not None and kernels != "torch"
+        product = F.linear(x, self.weight, None if fused else self.bias)
+        if self.lora_A is not None and self.lora_B is not None:
+            dropped = around.drop(x, self.lora_site, self.lora_dropout) if around is not None and self.lora_dropout else x
+            product = torch.add(product, self.lora_B(self.lora_A(dropped)), alpha=self.lora_scale)
         if gelu is None:
-            return F.linear(x, self.weight, self.bias)
-        if kernels == "torch":
-            return F.gelu(F.linear(x, self.weight, self.bias), approximate=gelu)
-        return gelu_bias(F.linear(x, self.weight), self.bias, gelu, in_place=True, kernels=kernels)
+            return product
+        return gelu_bias(product, self.bias, gelu, in_place=True, kernels=kernels) if fused else F.gelu(product, approximate=gelu)
 
 
 class Attention(nn.Module):
@@ -127,9 +143,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
+        q, k, v = (projection(x, around=around).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
         q, k = self._positioned(q, k, around)
-        return self.out(around.attend(self.index, q, k, v).flatten(1))
+        return self.out(around.attend(self.index, q, k, v).flatten(1), around=around)
 
     def _positioned(self, q: Tensor, k: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
         """Norm and rotation of q and k, where the model has them."""
@@ -155,11 +171,12 @@ class FeedForward(nn.Module):
         self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, kernels: str = "torch") -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "torch", around: Surroundings | None = None) -> Tensor:
         """`x` [N, H] -> [N, H]."""
         if self.gate is not None:
-            return self.down(swiglu(self.gate(x), self.up(x), in_place=True, kernels=kernels))
-        return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels))
+            gated = swiglu(self.gate(x, around=around), self.up(x, around=around), in_place=True, kernels=kernels)
+            return self.down(gated, around=around)
+        return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels, around), around=around)
 
 
 class DecoderLayer(nn.Module):
@@ -177,7 +194,7 @@ class DecoderLayer(nn.Module):
         """`x` [N, H] -> [N, H]."""
         branch = around.drop(self.attention(self.attention_norm(x, around.kernels), around), self.first_site)
         normed, x = self.mlp_norm(branch, x, around.kernels)
-        return x + around.drop(self.mlp(normed, around.kernels), self.first_site + 1)
+        return x + around.drop(self.mlp(normed, around.kernels, around), self.first_site + 1)
 
 
 class Embedding(nn.Module):

@@ -6,7 +6,8 @@ row = cache.new_row(100)
 read = stack.read([Piece(expert=0, row=row, tokens=[1, 17, 5])], cache)  # read.hidden [1, H]: after the last token
 
 Rows lie sorted by expert, so the number of launches does not grow with the number of experts. What all experts have in common (a frozen
-embedding) is kept once, with a stride of zero over the experts. Where not all experts fit, the stack has fewer slots than experts: an
+embedding) is kept once, with a stride of zero over the experts; experts that are low-rank deltas of one base have all of it in common,
+and a projection is x W^T + (x A_e^T) B_e^T with the scale in B. Where not all experts fit, the stack has fewer slots than experts: an
 expert that is wanted takes the slot of the one that was wanted longest ago, and reads its weights from where they came.
 """
 
@@ -226,9 +227,13 @@ class StackedDecoder:
         return found.view(x.shape)
 
     def _linear(self, name: str, x: Tensor, groups: RowGroups, bias: bool = True) -> Tensor:
-        return grouped_linear(
-            x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias") if bias else None, groups, kernels=self.kernels
-        )
+        weights, kernels = self.weights, self.kernels
+        out = grouped_linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias") if bias else None, groups, kernels=kernels)
+        lora_a = weights.get(f"{name}.lora_A")
+        if lora_a is not None:
+            inner = grouped_linear(x, lora_a, None, groups, kernels=kernels)
+            out += grouped_linear(inner, weights[f"{name}.lora_B"], None, groups, kernels=kernels)
+        return out
 
     def _mlp(self, name: str, x: Tensor, groups: RowGroups) -> Tensor:
         config = self.config

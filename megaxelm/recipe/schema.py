@@ -162,8 +162,37 @@ class SeedConfig(Section):
     """Language mix of seed training; null: `train.language_alpha`."""
 
 
+class LoraConfig(Section):
+    """Low-rank deltas (LoRA, Hu et al. 2021): every expert is the shared seed and two thin matrices a projection. Parameters of experts and
+    dense baseline are then not equal, only their tokens."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the delta of a projection."""
+    alpha: float = Field(32.0, gt=0)
+    """The delta is B A times alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the input of a delta, in training."""
+    targets: Literal["all"] | list[str] = "all"
+    """Projections with a delta by the family's names (`q_proj`, `fc1`, ...), as peft takes them; `all` of attention and feed-forward."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the deltas, which often bear ten times that of whole models; null: `train.lr`."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: str | list[str]) -> str | list[str]:
+        if not value or len(set(value)) != len(value) and value != "all":
+            raise ValueError("experts.lora.targets: name at least one projection, and each once; or say all")
+        return value
+
+
 class ExpertsConfig(Section):
     """The experts and what they are compared with."""
+
+    kind: Literal["full", "lora"] = "full"
+    """`full`: every expert has weights of its own. `lora`: an expert is the frozen seed and a low-rank delta (`experts.lora`). Seed and
+    dense baseline are always trained whole."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank deltas, for `kind: lora`."""
 
     dense: bool = True
     """Train the dense baseline: the same seed, the whole corpus, the tokens of all experts together."""
@@ -314,6 +343,8 @@ class Recipe(Section):
                 "seed.load is set and tokenizer.load is not: the ids of a tokenizer trained here would mean nothing to a loaded seed. Set "
                 "tokenizer.load to the seed's"
             )
+        if self.experts.kind == "full" and self.experts.lora != LoraConfig():
+            raise ValueError("experts.lora is set and experts.kind = full, which has no deltas: set experts.kind to lora, or leave it out")
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps = {train.warmup_steps} must be below train.steps = {train.steps}")
         if train.document_mask and not self.tokenizer.begin_of_document:
@@ -350,6 +381,11 @@ class Recipe(Section):
             raise ValueError(
                 f"experts.batch_sequences = {experts.batch_sequences} and rounds: each of a round's k experts gets "
                 "train.batch_sequences / k; leave out experts.batch_sequences"
+            )
+        if experts.kind == "lora" and len(self.rounds) > 1:
+            raise ValueError(
+                "experts.kind = lora and rounds: a delta lies over the seed and cannot branch from another delta; set experts.kind to full, "
+                "or leave out rounds"
             )
         check_rounds(self.rounds, k, train.batch_sequences, self.clusters.partitioner)
         round_steps(self.rounds, experts.steps or train.steps, experts.allow_unequal_tokens)

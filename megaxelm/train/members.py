@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megaxelm.errors import RecipeError, TrainError
 from megaxelm.files import read_json
-from megaxelm.recipe import Recipe, result_settings
+from megaxelm.recipe import LoraConfig, Recipe, result_settings
 from megaxelm.run import RunFolder
 from megaxelm.train.rounds import Level, expected_levels, plan_rounds
 
@@ -121,11 +121,13 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str], levels: Sequence[
     if recipe.experts.dense:
         members["dense"] = member("dense", "dense", None, train.steps, train.batch_sequences)
     parents = dict.fromkeys(cluster_names, "seed")
+    lora_rate = {"lr": recipe.experts.lora.lr} if recipe.experts.kind == "lora" else {}
     for number, item in enumerate(plan_rounds(recipe, cluster_names, levels), 1):
         for name, clusters in item.experts.items():
             if name in members:
                 raise RecipeError(f"a cluster is named `{name}`, which is taken: rename the language or cluster")
-            members[name] = member(name, "expert", clusters, item.steps, item.batch_sequences, parents[clusters[0]], number, **item.rate)
+            rate = item.rate | lora_rate
+            members[name] = member(name, "expert", clusters, item.steps, item.batch_sequences, parents[clusters[0]], number, **rate)
         parents = {cluster: name for name, clusters in item.experts.items() for cluster in clusters}
     _check_equal(recipe, members)
     return members
@@ -196,6 +198,11 @@ def _check_equal(recipe: Recipe, members: dict[str, Member]) -> None:
         )
 
 
+def lora_settings(recipe: Recipe, member: Member) -> LoraConfig | None:
+    """The low-rank deltas that a member is trained as; None where it has weights of its own."""
+    return recipe.experts.lora if recipe.experts.kind == "lora" and member.kind == "expert" else None
+
+
 def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
     """What the trained weights of a member depend on in the recipe, for its marker."""
     if member.kind == "seed" and recipe.seed.load:
@@ -211,7 +218,10 @@ def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
     own = asdict(member)
     if member.round <= 1:
         del own["round"]  # as in the markers of runs that know of no rounds
-    return {"member": own, "train": common, "model": model, "export": result_settings(recipe.export)}
+    settings = {"member": own, "train": common, "model": model, "export": result_settings(recipe.export)}
+    lora = lora_settings(recipe, member)
+    # Of a member with weights of its own the marker is what it was before there were deltas.
+    return settings if lora is None else settings | {"lora": result_settings(lora)}
 
 
 def find_member(members: dict[str, Member], name: str) -> Member:

@@ -18,6 +18,7 @@ from megaxelm.corpus.packing import IGNORED, PackedBatch, pack
 from megaxelm.corpus.sampling import Blend
 from megaxelm.errors import TrainError
 from megaxelm.files import hash_value
+from megaxelm.train.members import lora_settings
 from megaxelm.train.metrics import Meter
 from megaxelm.train.schedule import learning_rate
 from megaxelm.train.setting import Setting, sum_over_ranks
@@ -137,7 +138,8 @@ class Steps:
         if model.attention_dropout:
             # The backends draw attention dropout from torch's generator: the same seed at the same place makes a resumed run repeat it.
             torch.manual_seed(int(hash_value([seed, step, int(batch.sample_ids[0])])[:15], 16))
-        if not model.dropout and not model.attention_dropout:
+        lora = lora_settings(self.setting.recipe, self.setting.member)
+        if not model.dropout and not model.attention_dropout and not (lora and lora.dropout):
             return None
         tokens, place = batch.tokens.shape[0], self.setting.processes.rank % self.setting.recipe.train.sequence_parallel
         positions = torch.arange(place * tokens, (place + 1) * tokens, device=batch.tokens.device) % self.setting.member.sequence_length

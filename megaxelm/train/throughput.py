@@ -55,9 +55,13 @@ def _attended(length: int, window: int) -> int:
     return inside * (inside + 1) // 2 + (length - inside) * window
 
 
-def token_flops(config: DecoderConfig, seen: float) -> float:
+def token_flops(config: DecoderConfig, seen: float, delta_parameters: int = 0) -> float:
     """Model FLOPs of one token, forward and backward, that sees `seen` tokens on average, itself included.
 
-    A pair costs 4 head_dim FLOPs a head forward (score and sum), and twice that backward.
+    A pair costs 4 head_dim FLOPs a head forward (score and sum), and twice that backward. Of a model that is trained as low-rank deltas of
+    `delta_parameters` numbers, the base has no gradient of its weights, so 4 FLOPs a parameter.
     """
-    return 6.0 * matmul_parameters(config) + 12.0 * config.num_layers * config.num_heads * config.head_dim * seen
+    matrices = 6.0 * matmul_parameters(config)
+    if delta_parameters:
+        matrices = 4.0 * matmul_parameters(config) + 6.0 * delta_parameters
+    return matrices + 12.0 * config.num_layers * config.num_heads * config.head_dim * seen
