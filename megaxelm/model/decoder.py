@@ -307,7 +307,7 @@ def initial_weights(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Ten
         elif len(shape) == 1:
             yield name, torch.ones(shape)
         else:
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("attention.out.weight", ".down.weight"))
             deviation = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
             tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator)
             if name in TABLES:

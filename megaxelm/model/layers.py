@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaxelm.model.config import DecoderConfig
+from megaxelm.model.moe import MoeFeedForward
 from megaxelm_kernels.activations import gelu_bias, swiglu
 from megaxelm_kernels.attention import PackedLayout, packed_attention
 from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
@@ -162,6 +163,14 @@ class FeedForward(nn.Module):
         return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels))
 
 
+def feed_forward(config: DecoderConfig) -> nn.Module:
+    """One feed-forward part for all tokens, or a mixture of experts."""
+    if not config.num_experts:
+        return FeedForward(config)
+    router = Linear(config.hidden_size, config.num_experts, False)
+    return MoeFeedForward(config, router, [FeedForward(config) for _ in range(config.num_experts)])
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -171,7 +180,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = Attention(config, index)
         self.mlp_norm = AddNorm(config.norm, config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = feed_forward(config)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""

@@ -1,6 +1,6 @@
 """The weights of several experts, stacked by name [slots, ...]; projections that read the same input are joined into one.
 
-Joined are q, k and v (`attention.qkv`) and the gate and up projections (`mlp.gate_up`). A tensor that is equal in all experts is kept once.
+Joined are q, k and v (`attention.qkv`) and the gate and up projections (`gate_up`). A tensor that is equal in all experts is kept once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megaxelm.model.source import WeightSource
 
 _JOINED = {
     "attention.q": ("attention.qkv", ("attention.q", "attention.k", "attention.v")),
-    "mlp.gate": ("mlp.gate_up", ("mlp.gate", "mlp.up")),
+    "gate": ("gate_up", ("gate", "up")),
 }
 
 
