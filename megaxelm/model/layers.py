@@ -16,6 +16,7 @@ from megaxelm_kernels.activations import gelu_bias, swiglu
 from megaxelm_kernels.attention import PackedLayout, packed_attention
 from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
 from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy_each, target_logprobs
+from megaxelm_kernels.linear_distillation import Teacher, linear_distillation
 from megaxelm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megaxelm_kernels.rotary import apply_rotary_qk, norm_rotary_qk
 
@@ -223,11 +224,18 @@ class Head(nn.Module):
         chunk_rows: int | None = None,
         score: bool = False,
         kernels: str = "torch",
+        teacher: Teacher | None = None,
+        label_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [N, vocab_size] without labels; with labels the summed loss (scalar) and that of each token [N]; with `score`
-        log p(label) [N]."""
+        log p(label) [N]. With `teacher` the loss is that of `linear_distillation`."""
         if labels is None:
             return F.linear(hidden, self.weight)[..., : self.vocab_size]
+        if teacher is not None:
+            assert loss_weights is None and not score
+            return linear_distillation(
+                hidden, self.weight, labels, teacher, vocab_size=self.vocab_size, label_weight=label_weight, chunk_rows=chunk_rows
+            )
         if score:
             return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows, kernels=kernels)
         return linear_cross_entropy_each(
