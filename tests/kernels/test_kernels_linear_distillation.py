@@ -43,9 +43,7 @@ def test_loss_and_gradients_are_those_of_full_logits(share: float, chunk_rows: i
         asked.append(rows)
         return log_p[rows]
 
-    total, losses = linear_distillation(
-        hidden, weight, labels, teacher, vocab_size=PIECES, label_weight=share, chunk_rows=chunk_rows
-    )
+    total, losses = linear_distillation(hidden, weight, labels, teacher, vocab_size=PIECES, label_weight=share, chunk_rows=chunk_rows)
     found = torch.autograd.grad(3.0 * total, (hidden, weight))
     torch.testing.assert_close(total, expected.sum(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
