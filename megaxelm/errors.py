@@ -45,6 +45,10 @@ class RoutingError(MegaxelmError):
     """A router or the ensemble was asked for something it cannot do."""
 
 
+class MergeError(MegaxelmError):
+    """The experts of a run cannot be made one model as asked."""
+
+
 class ServeError(MegaxelmError):
     """The server cannot start with these settings."""
 

@@ -27,6 +27,7 @@ from megaxelm_kernels.attention import PackedLayout, choose_backend
 from megaxelm_kernels.backend import choose_kernels
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 from megaxelm_kernels.linear_cross_entropy import IGNORE_INDEX
+from megaxelm_kernels.linear_distillation import Teacher
 from megaxelm_kernels.rotary import rotary_tables
 from megaxelm_kernels.rotary_frequencies import rotary_parameters
 
@@ -111,6 +112,8 @@ class Decoder(nn.Module):
         attention: str = "sdpa",
         kernels: str = "auto",
         exchange: Callable[..., Tensor] | None = None,
+        teacher: Teacher | None = None,
+        label_weight: float = 0.0,
     ) -> Tensor | LossOutput:
         """Hidden states after the last norm [N, H], or with `labels` the loss.
 
@@ -125,6 +128,8 @@ class Decoder(nn.Module):
             kernels: `auto`, `triton` or `torch`.
             exchange: where several ranks share the tokens of the batch `cu_seqlens`, of which `tokens` are this rank's slice: calls
                 attention with all tokens of some heads (`megaxelm.train.ulysses`).
+            teacher: with `labels`, the distribution that the loss is measured against: log-probabilities [rows, vocab_size] of a slice of
+                the batch. label_weight: share of the labels in the loss beside it (`megaxelm_kernels.linear_distillation`).
 
         Raises:
             ModelError: shapes that do not fit, an empty document, a backend that is missing here, dropout without keys.
@@ -134,7 +139,9 @@ class Decoder(nn.Module):
         if labels is None:
             return hidden
         _same_length("labels", labels, tokens)
-        loss_sum, token_losses = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows, kernels=kernels)
+        loss_sum, token_losses = self.head(
+            hidden, labels, loss_weights, chunk_rows=loss_chunk_rows, kernels=kernels, teacher=teacher, label_weight=label_weight
+        )
         return LossOutput(loss_sum, (labels != IGNORE_INDEX).sum(), token_losses)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -309,7 +316,7 @@ def initial_weights(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Ten
         elif len(shape) == 1:
             yield name, torch.ones(shape)
         else:
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("attention.out.weight", ".down.weight"))
             deviation = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
             tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator)
             if name in TABLES:

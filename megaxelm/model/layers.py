@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaxelm.model.config import DecoderConfig
+from megaxelm.model.moe import MoeFeedForward
 from megaxelm_kernels.activations import gelu_bias, swiglu
 from megaxelm_kernels.attention import PackedLayout, packed_attention
 from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
 from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy_each, target_logprobs
+from megaxelm_kernels.linear_distillation import Teacher, linear_distillation
 from megaxelm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megaxelm_kernels.rotary import apply_rotary_qk, norm_rotary_qk
 
@@ -179,6 +181,14 @@ class FeedForward(nn.Module):
         return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels, around), around=around)
 
 
+def feed_forward(config: DecoderConfig) -> nn.Module:
+    """One feed-forward part for all tokens, or a mixture of experts."""
+    if not config.num_experts:
+        return FeedForward(config)
+    router = Linear(config.hidden_size, config.num_experts, False)
+    return MoeFeedForward(config, router, [FeedForward(config) for _ in range(config.num_experts)])
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -188,7 +198,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = Attention(config, index)
         self.mlp_norm = AddNorm(config.norm, config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = feed_forward(config)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
@@ -231,11 +241,18 @@ class Head(nn.Module):
         chunk_rows: int | None = None,
         score: bool = False,
         kernels: str = "torch",
+        teacher: Teacher | None = None,
+        label_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [N, vocab_size] without labels; with labels the summed loss (scalar) and that of each token [N]; with `score`
-        log p(label) [N]."""
+        log p(label) [N]. With `teacher` the loss is that of `linear_distillation`."""
         if labels is None:
             return F.linear(hidden, self.weight)[..., : self.vocab_size]
+        if teacher is not None:
+            assert loss_weights is None and not score
+            return linear_distillation(
+                hidden, self.weight, labels, teacher, vocab_size=self.vocab_size, label_weight=label_weight, chunk_rows=chunk_rows
+            )
         if score:
             return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows, kernels=kernels)
         return linear_cross_entropy_each(

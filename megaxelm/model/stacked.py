@@ -26,6 +26,7 @@ from torch import Tensor
 from megaxelm.errors import ModelError
 from megaxelm.model.config import DecoderConfig
 from megaxelm.model.decoder import sinusoidal_positions
+from megaxelm.model.moe import top_experts
 from megaxelm.model.source import WeightSource
 from megaxelm.model.stacked_cache import CachedAttention, CacheRow, StackedCache
 from megaxelm.model.stacked_weights import StackedWeights
@@ -205,7 +206,7 @@ class StackedDecoder:
             found = attention.attend(layer, q, k, v)
             branch = self._linear(f"{name}.attention.out", found.flatten(1), groups)
             x, residual = self._norm(f"{name}.mlp_norm", branch, groups, residual)
-            branch = self._mlp(f"{name}.mlp", x, groups)
+            branch = (self._experts if config.num_experts else self._mlp)(f"{name}.mlp", x, groups)
         assert branch is not None
         return branch, residual
 
@@ -251,6 +252,19 @@ class StackedDecoder:
                 else gelu_bias(hidden, None, approximate, kernels=self.kernels)
             )
         return self._linear(f"{name}.down", hidden, groups)
+
+    def _experts(self, name: str, x: Tensor, groups: RowGroups) -> Tensor:
+        """The mixture of feed-forward experts that each row's model has in this layer."""
+        weights, chosen = top_experts(self._linear(f"{name}.router", x, groups), self.config.experts_per_token)
+        found = torch.zeros_like(x)
+        for number in range(self.config.num_experts):
+            rows, place = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                # Rows come in their order, so they lie sorted by slot again.
+                counts = groups.group_of_row[rows].bincount(minlength=groups.num_groups).tolist()
+                part = self._mlp(f"{name}.experts.{number}", x[rows], RowGroups.from_counts(counts, x.device))
+                found.index_add_(0, rows, (part * weights[rows, place, None]).to(found.dtype))
+        return found
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rotary":

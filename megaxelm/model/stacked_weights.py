@@ -1,6 +1,6 @@
 """The weights of several experts, stacked by name [slots, ...]; projections that read the same input are joined into one.
 
-Joined are q, k and v (`attention.qkv`) and the gate and up projections (`mlp.gate_up`). A tensor that is equal in all experts is kept once.
+Joined are q, k and v (`attention.qkv`) and the gate and up projections (`gate_up`). A tensor that is equal in all experts is kept once.
 
 Experts that are low-rank deltas of one base keep the base once, and of each expert A [slots, rank, in] and B [slots, out, rank]. The
 ranks of joined projections lie one behind the other, and B has zeros where a rank belongs to another one: so a joined projection is one
@@ -21,7 +21,7 @@ from megaxelm.model.source import WeightSource
 
 _JOINED = {
     "attention.q": ("attention.qkv", ("attention.q", "attention.k", "attention.v")),
-    "mlp.gate": ("mlp.gate_up", ("mlp.gate", "mlp.up")),
+    "gate": ("gate_up", ("gate", "up")),
 }
 
 

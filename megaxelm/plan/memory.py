@@ -84,7 +84,7 @@ def layer_activations(config: DecoderConfig, work: Work, lora: Lora | None = Non
     """
     width = _BYTES[work.precision]
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = config.hidden_size, config.intermediate_size * max(1, config.experts_per_token)
     fused = work.kernels == "triton"
     attention = 2 * hidden + (heads + 2 * kv_heads) + heads
     if config.positions == "rotary" and (config.qk_norm or not fused):

@@ -384,8 +384,8 @@ class Recipe(Section):
             )
         if experts.kind == "lora" and len(self.rounds) > 1:
             raise ValueError(
-                "experts.kind = lora and rounds: a delta lies over the seed and cannot branch from another delta; set experts.kind to full, "
-                "or leave out rounds"
+                "experts.kind = lora and rounds: a delta lies over the seed and cannot branch from another delta; set experts.kind to "
+                "full, or leave out rounds"
             )
         check_rounds(self.rounds, k, train.batch_sequences, self.clusters.partitioner)
         round_steps(self.rounds, experts.steps or train.steps, experts.allow_unequal_tokens)

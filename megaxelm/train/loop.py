@@ -37,11 +37,18 @@ from megaxelm.train.ulysses import Exchange, check_sequence_parallel, sequence_g
 from megaxelm.train.watchdog import Watchdog
 
 
-def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]) -> None:
+def train(
+    setting: Setting,
+    progress_bar: Callable[[Member, int], Iterable[int]],
+    make_steps: Callable[..., Steps] = Steps,
+    prepare: Callable[[Decoder], None] | None = None,
+) -> None:
     """Train to the last step, resuming from the newest complete checkpoint, and export. Runs on every rank.
 
     Args:
         progress_bar: steps from the given one on, with a bar; used on rank 0.
+        make_steps: makes the steps, with the arguments of `Steps`; another loss is a class of its own.
+        prepare: called with the model before the engine is made around it.
     """
     recipe, member = setting.recipe, setting.member
     config = recipe.train
@@ -65,6 +72,8 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     if config.compile:
         for layer in model.layers:
             layer.compile()
+    if prepare is not None:
+        prepare(model)
     held_out = HeldOut(setting, blend.streams, tokenizer, options) if config.evaluate_every else None
     engine = start_engine(setting, model, source.adapter)
     guard(engine)
@@ -85,7 +94,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     with Watchdog(config.hang_seconds) as watchdog:
         deltas = 0 if source.adapter is None else lora_parameters(model.config, source.adapter.lora)
         meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops, deltas)
-        loop = Loop(setting, Steps(setting, engine, blend, shared, meter), checkpoints, metrics, start.step)
+        loop = Loop(setting, make_steps(setting, engine, blend, shared, meter), checkpoints, metrics, start.step)
         with Profile(setting.folder / "profile", setting.profile, setting.processes.rank) as profile:
             loop.run(bar, stop, watchdog, held_out, profile)
     checkpoints.finish()

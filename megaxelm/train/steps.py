@@ -100,6 +100,7 @@ class Steps:
                 labels=batch.labels,
                 dropout=self._dropout(batch, step, member.sample_seed(config.seed)),
                 **self.options,
+                **self.loss_options(batch),
             )
             self._add_by_language(by_language, batch, output.token_losses)
             engine.backward(output.loss_sum * (setting.processes.world_size * len(batches) / targets))
@@ -111,6 +112,10 @@ class Steps:
         tokens = member.batch_sequences * member.sequence_length
         applied = bool(engine.was_step_applied())
         return StepResult(tokens, lr, float(norm) if applied and norm is not None else None, by_language, applied)
+
+    def loss_options(self, batch: PackedBatch) -> dict[str, Any]:
+        """Further arguments of the model's forward pass on a batch, for a training with another loss."""
+        return {}
 
     def _add_by_language(self, sums: torch.Tensor, batch: PackedBatch, token_losses: torch.Tensor) -> None:
         numbers = torch.tensor([self.languages.index(language) for language in batch.languages]).to(sums.device, non_blocking=True)

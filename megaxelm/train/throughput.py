@@ -38,10 +38,12 @@ def peak_tflops(device_name: str, given: float | None = None) -> float | None:
 
 
 def matmul_parameters(config: DecoderConfig) -> int:
-    """Parameters that are multiplied with every token: the matrices of all layers, and the head once."""
+    """Parameters that are multiplied with a token: the matrices of all layers (of a layer's experts the chosen ones), and the head once."""
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = config.hidden_size * (heads + 2 * kv_heads) + heads * config.hidden_size
     mlp = (3 if config.activation == "silu_gated" else 2) * config.hidden_size * config.intermediate_size
+    if config.num_experts:
+        mlp = config.experts_per_token * mlp + config.num_experts * config.hidden_size
     return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
 
 

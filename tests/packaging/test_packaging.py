@@ -74,6 +74,7 @@ ALLOWED = {
     "plan": {"model", "train"},
     "ensemble": {"corpus", "cluster", "model"},
     "evaluate": {"corpus", "ensemble", "model"},
+    "merge": {"cluster", "corpus", "ensemble", "evaluate", "model", "train"},
     "serve": {"ensemble"},
     "report": set(),
 }
