@@ -20,10 +20,15 @@ from typing import Any
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.windows import Windows
 from megaxelm.evaluate.documents import DocumentScores, Score, document_scores, language_scores
+from megaxelm.evaluate.forgetting import forgetting_results, run_matrix
 from megaxelm.evaluate.mixtures import mix_held_out
 from megaxelm.evaluate.perplexity import read_held_out, score_models
+from megaxelm.evaluate.routing import OWN, RouterQuality, add_choices
+from megaxelm.evaluate.run_forgetting import read_parents
+from megaxelm.evaluate.statistics import Bootstrap
 from megaxelm.evaluate.streams import save_streams
 from megaxelm.evaluate.subjects import (
+    BASELINES,
     Mixture,
     held_out_folders,
     index_clusters,
@@ -33,6 +38,7 @@ from megaxelm.evaluate.subjects import (
     plan_mixtures,
     scoring_device,
 )
+from megaxelm.evaluate.summary import statistics_results
 from megaxelm.evaluate.texts import read_text_set, text_set_results
 from megaxelm.files import read_json, write_json
 from megaxelm.recipe import Recipe
@@ -60,12 +66,16 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     print(f"evaluation: {len(models)} models in float32 on {scoring_device()}", flush=True)
     streams = score_models(models, held_out, tokenizer.start_id)
     documents = document_scores(held_out, streams)
-    mixed = mix_held_out(ensemble, mixtures, held_out, streams)
+    own = own_experts(clusters, documents.languages)
+    quality = RouterQuality(ensemble.experts, own)
+    mixed = mix_held_out(ensemble, mixtures, held_out, streams, quality.hear)
     documents.nats |= document_scores(held_out, mixed).nats
     documents.save(out / "documents.npz")
     save_streams(out / "streams.npz", ensemble.experts, held_out, streams)
 
-    own = own_experts(clusters, documents.languages)
+    bootstrap = Bootstrap(add_choices(documents, ensemble.experts, own), documents.num_bytes)
+    baselines = [name for name in BASELINES if name in documents.nats]
+    columns = {name: name for name in (*baselines, OWN)} | {mixture.column: mixture.key for mixture in mixtures}
     labels = {key: key.replace("expert:", "expert ") for key in models} | {mixture.key: mixture.label for mixture in mixtures}
     texts = {}
     for name, further in further_texts.items():
@@ -82,6 +92,17 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
             for item in held_out.values()
         ],
         **comparison(documents, own, ensemble.trained, mixtures),
+        "statistics": statistics_results(bootstrap, columns),
+        "forgetting": forgetting_results(
+            run_matrix(
+                documents,
+                {language: model_key(expert) for language, expert in own.items()},
+                {mixture.key: mixture.label for mixture in mixtures},
+                read_parents(run_folder),
+                bootstrap,
+            )
+        ),
+        "routers": quality.results(bootstrap, baselines),
         **({"texts": texts} if texts else {}),
         "account": read_json(account) if account.is_file() else None,
         "settings": {
