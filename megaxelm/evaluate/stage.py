@@ -20,6 +20,7 @@ from typing import Any
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.windows import Windows
 from megaxelm.evaluate.documents import DocumentScores, Score, document_scores, language_scores
+from megaxelm.evaluate.fit_write import FIT_FILE, fitted_fields
 from megaxelm.evaluate.forgetting import forgetting_results, run_matrix
 from megaxelm.evaluate.mixtures import mix_held_out
 from megaxelm.evaluate.perplexity import read_held_out, score_models
@@ -85,6 +86,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
         (out / "texts").mkdir(exist_ok=True)
         found.save(out / "texts" / f"{name}.npz")
         texts[name] = text_set_results(found, labels, {language: model_key(expert) for language, expert in own.items()})
+    fitted = fitted_fields(recipe, run_folder)
     account = run_folder / "account.json"
     results = {
         "languages": [
@@ -114,6 +116,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
             "dtype": "float32",
             "device": scoring_device(),
             "mean": "macro mean over languages",
+            **({"fitted on half of this text": ", ".join(fitted) + f" (judged by the other half: {FIT_FILE})"} if fitted else {}),
         },
     }
     write_json(out / "results.json", results)

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluated import evaluate
 
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.scoring import mixture_logprob
-from megaxelm.ensemble.stage import build_ensemble
 from megaxelm.errors import MegaxelmError
 from megaxelm.evaluate.documents import DocumentScores
-from megaxelm.evaluate.stage import evaluate_run
 from megaxelm.evaluate.streams import load_streams
 from megaxelm.recipe import Recipe, parse_recipe
 from megaxelm.run import RunFolder
@@ -25,15 +24,6 @@ from megaxelm.stages import Stages
 
 MakeRun = Callable[..., Path]
 MakeRecipe = Callable[..., Recipe]
-
-
-def evaluate(run: Path, recipe: Recipe) -> dict[str, Any]:
-    if not (run / "ensemble").exists():
-        build_ensemble(recipe, run, run / "ensemble")
-    (run / "evaluation").mkdir()
-    evaluate_run(recipe, run, run / "evaluation")
-    results: dict[str, Any] = json.loads((run / "evaluation" / "results.json").read_text())
-    return results
 
 
 def test_documents_and_streams_hold_what_the_results_were_made_from(make_run: MakeRun, make_recipe: MakeRecipe) -> None:

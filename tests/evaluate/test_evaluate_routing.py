@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluated import evaluate
 
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.routers import Request
-from megaxelm.ensemble.stage import build_ensemble
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.evaluate.routing import RouterQuality, add_choices
-from megaxelm.evaluate.stage import evaluate_run
 from megaxelm.evaluate.statistics import Bootstrap
 from megaxelm.evaluate.streams import load_streams
 from megaxelm.evaluate.subjects import Mixture
@@ -94,10 +92,7 @@ def test_the_evaluation_reports_every_router(make_run: Callable[..., Path], make
     run = make_run("language")
     sections = {"ensemble": {"fallback": "dense"}, "evaluation": {"routers": ["language", "posterior", "uniform"], "top_m": [1]}}
     recipe = make_recipe("language", **sections)
-    build_ensemble(recipe, run, run / "ensemble")
-    (run / "evaluation").mkdir()
-    evaluate_run(recipe, run, run / "evaluation")
-    results = json.loads((run / "evaluation" / "results.json").read_text())
+    results = evaluate(run, recipe)
     assert set(results["routers"]) == {f"mixture-{name}{m}" for name in ("language", "posterior", "uniform") for m in ("", "@1")}
     told = results["routers"]["mixture-language"]
     assert told["accuracy_own"] == told["weight_on_own"] == 1 and told["regret"]["own"]["value"] == pytest.approx(0, abs=1e-9)
