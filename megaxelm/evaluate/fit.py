@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,11 +82,11 @@ def fit_run(run_folder: Path, router: str | None = None, tolerance: float = TOLE
     if not tolerance >= 0:
         raise RoutingError(f"--tolerance {tolerance}: choose 0 or more bits per byte")
     half, other = read_halves(run_folder, ensemble)
-    fits = [_FITS[name](ensemble, half, name == main) for name in _FITS if name != "tfidf" or ensemble.data.space is not None]
-    if main not in _FITS:
-        fits.append(_fit_constant(ensemble, half, main))
-    by_name = {fit.router: fit for fit in fits}
-    choice = choose_top_m(ensemble, half, by_name[main], tolerance)
+    fits = [_FITS.get(main, partial(_fit_constant, main))(ensemble, half, None)]
+    # The fallback's weight is one for all routers: the others are fitted beside what suits the main one.
+    weight = fits[0].settings.get("fallback_weight", ensemble.data.fallback_weight)
+    fits += [fit(ensemble, half, weight) for name, fit in _FITS.items() if name != main and _can_fit(ensemble, name)]
+    choice = choose_top_m(ensemble, half, fits[0], tolerance)
     recipe: dict[str, Any] = {"top_m": choice["chosen"]}
     for fit in fits:
         recipe |= fit.recipe
@@ -114,8 +115,12 @@ def choose_top_m(ensemble: Ensemble, half: Half, fit: Fit, tolerance: float) -> 
     return {"router": fit.router, "bits": bits, "tolerance": tolerance, "chosen": None if chosen == count else chosen}
 
 
-def _fit_tfidf(ensemble: Ensemble, half: Half, with_fallback: bool) -> Fit:
-    """T and power; with a fallback its weight in turns with T."""
+def _can_fit(ensemble: Ensemble, name: str) -> bool:
+    return name != "tfidf" or ensemble.data.space is not None
+
+
+def _fit_tfidf(ensemble: Ensemble, half: Half, given: float | None) -> Fit:
+    """T and power; the fallback's weight in turns with T where it is not `given`."""
     table, data = table_of(half), ensemble.data
     plain = cast(TfidfRouter, ensemble.router("tfidf", refresh="token"))
     rows = asked_at(half, data.refresh, data.refresh_tokens)
@@ -128,28 +133,29 @@ def _fit_tfidf(ensemble: Ensemble, half: Half, with_fallback: bool) -> Fit:
 
     found: list[tuple[float, int, float, float]] = []
     for power in (2, 4):
-        weight, temperature = data.fallback_weight, data.temperature
-        for _ in range(3 if with_fallback and data.fallback else 1):
+        weight, temperature = given or data.fallback_weight, data.temperature
+        free = data.fallback is not None and given is None
+        for _ in range(3 if free else 1):
             temperature = math.exp(_least(lambda x, p=power, w=weight: bits(p, math.exp(x), w), _LOG_T))  # type: ignore[misc]
-            if with_fallback and data.fallback:
+            if free:
                 weight = _fit_weight(lambda w, p=power, t=temperature: bits(p, t, w))  # type: ignore[misc]
         found.append((bits(power, temperature, weight), power, temperature, weight))
     # the paper's power unless the other one is better
     value, power, temperature, weight = min(found)
     settings: dict[str, Any] = {"temperature": significant(temperature), "distance_power": power}
-    if with_fallback and data.fallback:
+    if data.fallback:
         settings["fallback_weight"] = significant(weight)
     return Fit("tfidf", value, settings, settings)
 
 
-def _fit_posterior(ensemble: Ensemble, half: Half, with_fallback: bool) -> Fit:
-    """Prior for each decay of the grid, the fallback's among them."""
+def _fit_posterior(ensemble: Ensemble, half: Half, given: float | None) -> Fit:
+    """Prior for each decay of the grid, the fallback's among them where it is not `given`."""
     table, data = table_of(half), ensemble.data
     rows = asked_at(half, data.refresh, data.refresh_tokens)
     best: tuple[float, float, NDArray[np.float64], float] | None = None
     for decay in DECAYS:
         evidence = evidence_of(half, decay)[rows]
-        value, prior, weight = fit_prior(table, evidence, data.fallback_weight if data.fallback else None, with_fallback)
+        value, prior, weight = fit_prior(table, evidence, (given or data.fallback_weight) if data.fallback else None, given is None)
         if best is None or value < best[0] - 1e-9:
             best = value, decay, prior, weight
     assert best is not None
@@ -159,7 +165,7 @@ def _fit_posterior(ensemble: Ensemble, half: Half, with_fallback: bool) -> Fit:
         "posterior_prior": {name: round(share, 6) for name, share in zip(ensemble.trained, prior.tolist(), strict=True)},
         "posterior_decay": decay,
     }
-    if with_fallback and data.fallback:
+    if data.fallback:
         settings["fallback_weight"] = recipe["fallback_weight"] = significant(weight)
     return Fit("posterior", value, settings, recipe)
 
@@ -211,7 +217,7 @@ def fit_prior(table: Table, evidence: Tensor, weight: float | None, free_weight:
     return float(found.fun), trained_prior, share
 
 
-def _fit_constant(ensemble: Ensemble, half: Half, name: str) -> Fit:
+def _fit_constant(name: str, ensemble: Ensemble, half: Half, given: float | None) -> Fit:
     """A router without settings of its own: the weight of the fallback, where it is heard by it."""
     table = table_of(half)
 
@@ -226,7 +232,7 @@ def _fit_constant(ensemble: Ensemble, half: Half, name: str) -> Fit:
     return Fit(name, bits(settings), settings, settings)
 
 
-_FITS: dict[str, Callable[[Ensemble, Half, bool], Fit]] = {"tfidf": _fit_tfidf, "posterior": _fit_posterior}
+_FITS: dict[str, Callable[[Ensemble, Half, float | None], Fit]] = {"tfidf": _fit_tfidf, "posterior": _fit_posterior}
 
 
 def _judged(ensemble: Ensemble, half: Half, other: Half, fit: Fit, top_m: int | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaxelm.report.measured import Forgetting, RouterRow, Statistics
+from megaxelm.report.measured import Forgetting, RouterRow, Statistics, TextSet
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class RunData:
     forgetting: Forgetting | None = None
     routers: dict[str, RouterRow] = field(default_factory=dict)
     statistics: Statistics | None = None
+    texts: dict[str, TextSet] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     def model(self, key: str) -> Model | None:

@@ -59,7 +59,7 @@ def _draw(found: Forgetting, changes: Mapping[str, Mapping[str, Change]], agains
     svg = draw_heat(
         cells,
         codes,
-        [found.models[key].label for key in keys],
+        [_column_name(found.models[key].label) for key in keys],
         lambda row, column: codes[row] in found.models[keys[column]].own,
         f"change, {unit}",
         name,
@@ -73,9 +73,16 @@ def _draw(found: Forgetting, changes: Mapping[str, Mapping[str, Change]], agains
         "above (orange) it has forgotten. A black frame marks the languages that an expert was made for. "
         "Colours go by the root of the change."
     )
+    if any("mixture" in kind for kind in kinds):
+        caption += " The columns of the last block are mixtures, by router; @m: m experts kept."
     if not all(all(row) for row in clear):
         caption += " Numbers in italics are not told from chance: their interval over documents holds zero."
     return Drawing(svg, caption)
+
+
+def _column_name(label: str) -> str:
+    """A mixture's label as the head of a narrow column: `posterior mixture, top 2` is `posterior @2`."""
+    return label.replace(" mixture", "").replace(", top ", " @")
 
 
 def write_forgetting_page(values: Mapping[str, Any], name: str, path: Path) -> None:

@@ -133,6 +133,36 @@ class RouterRow(_Part):
     by_position: list[Band]
 
 
+class TextScore(_Part):
+    """A model on a further set of texts in one language."""
+
+    bits: float
+    """Of all texts together."""
+    bits_per_byte: float
+
+
+class TextModel(_Part):
+    """A model on a further set of texts."""
+
+    label: str
+    languages: dict[str, TextScore]
+
+
+class TextLanguage(_Part):
+    """Size of a further set of texts in one language."""
+
+    code: str
+    texts: int
+    bytes: int
+
+
+class TextSet(_Part):
+    """A further set of texts."""
+
+    languages: list[TextLanguage]
+    models: dict[str, TextModel]
+
+
 class WorstLanguage(Interval):
     """The largest difference, and where it is."""
 

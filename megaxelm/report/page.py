@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ def page_environment() -> Environment:
     loader = PackageLoader("megaxelm.report", package_path="")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        interval=_format_interval, percent=_format_percent, bits=format_bits, count=format_count, seconds=_format_seconds
+        minus=_true_minus, interval=_format_interval, percent=_format_percent, bits=format_bits, count=format_count, seconds=_format_seconds
     )
     return environment
 
@@ -119,6 +120,11 @@ def _table(rows: list[dict[str, str]]) -> dict[str, list[Any]]:
     found = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in _SOURCE_ORDER if key in found] + [key for key in found if key not in _SOURCE_ORDER]
     return {"keys": keys, "rows": [[row.get(key, "") for key in keys] for row in rows]}
+
+
+def _true_minus(text: str) -> str:
+    """A sentence with true minus signs before its numbers."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
 
 def _format_interval(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -64,6 +65,8 @@ def draw_models(run: RunData) -> Drawing | None:
     if own is None or base is None:
         return None
     codes = _sorted_codes(run, lambda code: own.bits[code] - base.bits[code])
+    # Variants by number of experts are in the table.
+    run = replace(run, models=[model for model in run.models if "@" not in model.key])
     marks = _marks(run.models)
     figure = new_figure(1.5 + 0.27 * len(codes))
     near, wide = figure.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])

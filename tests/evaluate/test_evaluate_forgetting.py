@@ -66,6 +66,22 @@ def test_what_a_wrong_choice_costs(tmp_path: Path) -> None:
     assert (1 - share) * own + share * wrong == pytest.approx(0)
 
 
+PUBLISHED = """expert,el,hi,ur,zh
+baseline,10.698,18.164,14.379,18.531
+typ8.1,9.424,25.415,16.956,19.413
+typ8.3,26.584,11.124,12.599,15.219
+typ8.6,18.792,23.638,16.927,11.988
+"""
+"""Of the perplexities that the authors of X-ELM released (Blevins et al., 2024), in XGLM tokens."""
+
+
+def test_the_published_experts_gain_at_home_and_forget_elsewhere(tmp_path: Path) -> None:
+    found = table(tmp_path, PUBLISHED)
+    assert [found["models"][f"typ8.{number}"]["own"] for number in (1, 3, 6)] == [["el"], ["hi", "ur"], ["zh"]]
+    text = " ".join(found["verdict"])
+    assert "at best -38.8 % (typ8.3 on hi)" in text and "typ8.3 on el: +148.5 % (+15.9 perplexity)" in text
+
+
 @pytest.mark.parametrize(("scale", "share", "words"), [(1.5, None, "gains nothing"), (0.1, 1.0, "always wrong loses nothing")])
 def test_experts_that_never_pay_and_that_always_pay(scale: float, share: float | None, words: str, tmp_path: Path) -> None:
     rows = [line.split(",") for line in TABLE.split()]

@@ -99,6 +99,9 @@ def test_the_evaluation_reports_every_router(make_run: Callable[..., Path], make
     own, seed = (results["models"][key]["mean_bits_per_byte"] for key in ("own", "seed"))
     assert told["regret"]["seed"]["value"] == pytest.approx(own - seed)
 
+    # equal weights are right once in three
+    assert results["routers"]["mixture-uniform"]["accuracy_own"] == pytest.approx(1 / 3)
+
     # the posterior's figures again, from what was stored
     streams, ensemble = load_streams(run / "evaluation" / "streams.npz"), load_ensemble(run / "ensemble")
     assert streams.experts[-1] == "dense"
