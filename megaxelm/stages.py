@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,10 +177,22 @@ class Stages:
         return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
 
     def _evaluation_made_from(self) -> MadeFrom:
-        settings = {"evaluation": result_settings(self.recipe.evaluation), "sequence_length": self.recipe.train.sequence_length}
+        evaluation = result_settings(self.recipe.evaluation)
+        # What is not asked for is left out: runs made before it could be asked for stay fresh.
+        evaluation = {name: value for name, value in evaluation.items() if value or name not in ("top_m", "texts")}
+        settings = {"evaluation": evaluation, "sequence_length": self.recipe.train.sequence_length}
         # Experts of rounds before the last are not evaluated; what branched from them depends on them.
         members = [f"experts/{name}" for name, member in self.members().items() if member.kind != "expert" or member.is_leaf]
-        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members))
+        sources: dict[str, str] = {}
+        if self.recipe.evaluation.texts:
+            from megaxelm.evaluate.texts import text_sources
+
+            marker = self.folder.marker("evaluation")
+            told = marker is not None and marker["settings"].get("evaluation", {}).get("texts") == evaluation["texts"]
+            # Texts that the last evaluation did not read must be at hand, whatever the verb.
+            look = partial(text_sources, self.recipe.evaluation.texts)
+            sources = self._sources("evaluation", look) if told else look()
+        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members), sources)
 
     def _report_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("evaluation"))

@@ -41,7 +41,7 @@ def print_table(results: Mapping[str, Any], file: TextIO | None = None, width: i
 
     console = Console(file=file, width=max(width, first + max(sizes.values())), highlight=False)
     console.print(_TITLE, soft_wrap=True)
-    for keys in _parts(order, sizes, width - first):
+    for keys in column_groups(order, sizes, width - first):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("language", no_wrap=True)
         for key in keys:
@@ -71,8 +71,8 @@ def verdict_text(results: Mapping[str, Any]) -> str:
     return text
 
 
-def _parts(order: Sequence[str], sizes: Mapping[str, int], room: int) -> list[Sequence[str]]:
-    """Columns in groups that fit `room`, each of at least one; the empty key is the column with the names of the own experts."""
+def column_groups(order: Sequence[str], sizes: Mapping[str, int], room: int) -> list[Sequence[str]]:
+    """Columns in groups that fit `room`, each of at least one, in their order."""
     parts: list[list[str]] = [[]]
     for key in order:
         if parts[-1] and sum(sizes[other] for other in parts[-1]) + sizes[key] > room:
