@@ -77,6 +77,8 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     bootstrap = Bootstrap(add_choices(documents, ensemble.experts, own), documents.num_bytes)
     baselines = [name for name in BASELINES if name in documents.nats]
     columns = {name: name for name in (*baselines, OWN)} | {mixture.column: mixture.key for mixture in mixtures}
+    # Models beside seed, dense and experts have no column in the comparison, but differences that are worth an interval.
+    columns |= {key: key for key in models if key not in BASELINES and not key.startswith("expert:")}
     labels = {key: key.replace("expert:", "expert ") for key in models} | {mixture.key: mixture.label for mixture in mixtures}
     texts = {}
     for name, further in further_texts.items():

@@ -18,6 +18,7 @@ from megaxelm.ensemble.scoring import mixture_logprob
 from megaxelm.errors import MegaxelmError
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.evaluate.streams import load_streams
+from megaxelm.evaluate.texts import text_files
 from megaxelm.recipe import Recipe, parse_recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
@@ -102,6 +103,16 @@ def test_texts_that_cannot_be_read_are_told(
         pattern = str(tmp_path / "*.json")
     with pytest.raises(MegaxelmError, match=f"evaluation.texts.laws.*{message}"):
         evaluate(make_run("language"), make_recipe("language", evaluation={"texts": {"laws": [pattern]}}))
+
+
+def test_two_files_of_one_language_and_other_kinds_of_files_are_told(tmp_path: Path) -> None:
+    write_texts(tmp_path / "laws", {"ru": ["x"]})
+    (tmp_path / "laws" / "ru.jsonl.gz").write_bytes(b"")
+    with pytest.raises(MegaxelmError, match="ru.jsonl and .*ru.jsonl.gz are both of the language 'ru'"):
+        text_files("laws", [f"{tmp_path}/laws/*"])
+    (tmp_path / "laws" / "ru.jsonl.gz").rename(tmp_path / "laws" / "notes.txt")
+    with pytest.raises(MegaxelmError, match="notes.txt: its name must be <language>.jsonl"):
+        text_files("laws", [f"{tmp_path}/laws/*"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from megaxelm.evaluate.routing import RouterQuality, add_choices
 from megaxelm.evaluate.statistics import Bootstrap
 from megaxelm.evaluate.streams import load_streams
 from megaxelm.evaluate.subjects import Mixture
+from megaxelm.evaluate.summary import statistics_results
 from megaxelm.recipe import Recipe
 
 EXPERTS = ["a", "b"]
@@ -86,6 +87,20 @@ def test_regret_is_against_each_choice() -> None:
             "seed": (-2 / 3 + 2 / 2) / 2,
         }
     )
+
+
+def test_models_that_read_other_languages_are_compared_where_they_can_be() -> None:
+    sizes = {code: np.array([8, 9, 7]) for code in ("x", "y")}
+    seed = {code: np.array([5.0, 6.0, 5.5]) for code in sizes}
+    nats = {"seed": seed, "own": {code: row - 1 for code, row in seed.items()}, "lapt:n": {"y": seed["y"] - 2}, "lapt:z": {}}
+    columns = {"seed": "seed", "own": "own", "lapt:n": "lapt:n", "lapt:z": "lapt:z"}
+    found = statistics_results(Bootstrap(nats, sizes, resamples=50), columns)
+    rows = {(row["model"], row["base"]): row for row in found["differences"]}
+    assert set(rows) == {("own", "seed"), ("lapt:n", "seed"), ("lapt:n", "own")} and "lapt:z" not in found["models"]
+    assert rows["lapt:n", "own"]["mean"]["value"] == pytest.approx(-3 / math.log(2) / 24) and list(rows["lapt:n", "own"]["languages"]) == [
+        "y"
+    ]
+    assert rows["lapt:n", "own"]["better"] == ["y"] and rows["own", "seed"]["unclear"] == []
 
 
 def test_the_evaluation_reports_every_router(make_run: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:
