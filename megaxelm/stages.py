@@ -23,9 +23,9 @@ from megaxelm.train.members import (
     account_text,
     check_language_weights,
     find_member,
-    line_of,
     member_settings,
     members_of_run,
+    training_rounds,
 )
 
 if TYPE_CHECKING:
@@ -263,19 +263,8 @@ class Stages:
         """Train what is missing or stale of the seed, or of the experts round by round: a child branches from weights that are there."""
         from megaxelm.train.launch import train_members
 
-        members = self.members()
-        if stage == "seed":
-            rounds = [["seed"]]
-        else:
-            last = max(member.round for member in members.values())
-            # The dense model trains with the last round, or the later rounds would wait for it.
-            place = {name: last if member.kind == "dense" else member.round for name, member in members.items() if member.kind != "seed"}
-            if expert is not None:
-                path = line_of(members, expert)
-                place = {name: number for name, number in place.items() if name in path}
-            rounds = [[name for name, number in place.items() if number == wanted] for wanted in range(1, last + 1)]
         trained = False
-        for names in rounds:
+        for names in [["seed"]] if stage == "seed" else training_rounds(self.members(), expert):
             waiting = self._open_experts(stage, names, forced)
             if waiting:
                 began = time.monotonic()

@@ -42,5 +42,6 @@ class FakeTraining:
     def train(self, run: RunFolder, recipe: Recipe, name: str) -> None:
         """Train one model: refused unless its parent is there and fresh."""
         _, made_from = Stages(run, recipe, check_sources=False).open_for_training(name)
+        assert run.open_expert(name, made_from) is None, "the folder was made ready for this training"
         value = float(sum(map(ord, name)) + sum(map(len, self.calls)) / 1000)
         run.close_expert(name, made_from, write_export(run.expert(name) / "export", value))

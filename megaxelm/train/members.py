@@ -243,3 +243,17 @@ def line_of(members: dict[str, Member], name: str) -> list[str]:
         line.insert(0, at)
         at = members[at].parent
     return line
+
+
+def training_rounds(members: dict[str, Member], only: str | None = None) -> list[list[str]]:
+    """Names of what is trained after the seed, round by round. The dense model is of the last one, or later rounds would wait for it.
+
+    Args:
+        only: this member and those it comes from.
+    """
+    last = max(member.round for member in members.values())
+    wanted = members if only is None else line_of(members, only)
+    rounds: list[list[str]] = [[] for _ in range(last + 1)]
+    for name in wanted:
+        rounds[last if members[name].kind == "dense" else members[name].round].append(name)
+    return rounds[1:]
