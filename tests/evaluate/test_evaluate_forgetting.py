@@ -161,6 +161,8 @@ def test_a_run_has_intervals_and_parents() -> None:
     expected = bootstrap.language("expert:a", "x", "seed")
     assert (cell["bits"], cell["low"], cell["high"]) == pytest.approx((expected.value, expected.low, expected.high))
     assert models["expert:a"]["change"]["seed"]["z"]["low"] < 0 < models["expert:a"]["change"]["seed"]["z"]["high"]
+    cell, expected = models["expert:b"]["change"]["expert:a"]["y"], bootstrap.language("expert:b", "y", "expert:a")
+    assert (cell["bits"], cell["low"], cell["high"]) == pytest.approx((expected.value, expected.low, expected.high))
     own_part = models["expert:b"]["summary"]["expert:a"]["own"]
     expected = bootstrap.mean("expert:b", "expert:a", ["y", "z"])
     assert (own_part["mean_bits"], own_part["low"]) == pytest.approx((expected.value, expected.low)) and own_part["languages"] == 2
