@@ -52,6 +52,8 @@ def test_the_ladder_compares_all_rungs_on_the_same_documents(merging: Callable[[
         num_bytes += size
     assert models["seed"]["bits_per_byte"]["de"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
+    of_one, of_all = (models[key]["mean_bits_per_byte"] for key in ("mixture:posterior@1", "mixture:posterior"))
+    assert abs(of_one - of_all) > 1e-4, "the expert that leads alone"
     for code, name in own.items():
         assert models["own"]["bits_per_byte"][code] == pytest.approx(models["mixture:language"]["bits_per_byte"][code], rel=1e-6)
         if name == first:

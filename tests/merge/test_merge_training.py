@@ -68,6 +68,7 @@ def test_a_training_that_was_stopped_goes_on_and_another_one_starts_anew(
         folder = own.expert(members[0].name)
         calls.append((folder / "checkpoints").is_dir())
         assert options.module == "megaxelm.merge.worker"
+        assert json.loads((own.path / training.JOB).read_text())["job"]["steps"] == members[0].steps
         assert (own.folder("index") / "manifest.json").is_file() and (own.expert("start") / "export" / "config.json").is_file()
         assert not own.folder("index").readlink().is_absolute(), "the run may be moved"
         (folder / "checkpoints").mkdir(exist_ok=True)
