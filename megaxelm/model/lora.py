@@ -35,12 +35,21 @@ _KINDS = ("lora_A", "lora_B")
 
 
 def projections(config: DecoderConfig) -> dict[str, str]:
-    """The projections of a layer that may have a delta: our name in the layer -> the last part of the family's, which peft goes by."""
+    """The projections of a layer that may have a delta: our name in the layer -> the last part of the family's, which peft goes by.
+
+    Raises:
+        ModelError: a family whose projections are not one tensor each.
+    """
     family = get_family(config.family)
     with torch.device("meta"):
         layer = Decoder(config).layers[0]
     names = [name for name, module in layer.named_modules() if isinstance(module, Linear)]
-    return {name: hf_name(family, f"layers.0.{name}.weight").split(".")[-2] for name in names}
+    try:
+        return {name: hf_name(family, f"layers.0.{name}.weight").split(".")[-2] for name in names}
+    except KeyError as error:
+        raise ModelError(
+            f"low-rank deltas: {error} of the {config.family} family has no name of its own there; choose another family"
+        ) from None
 
 
 def lora_from_recipe(settings: LoraConfig, config: DecoderConfig) -> Lora:
