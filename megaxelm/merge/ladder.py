@@ -101,7 +101,8 @@ def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) 
     streams = score_models({**loaders, **experts}, held_out, tokenizer.start_id)
 
     rows = [_row(name, name, name, streams[name], folder, speeds.get(name)) for name, folder in folders.items()]
-    shape = load_config(run.folder("ensemble") / "experts" / ensemble.experts[0])
+    assert ensemble.sources is not None  # an ensemble of a folder has them
+    shape = ensemble.sources[0]().config
     each, k = num_parameters(shape), len(ensemble.experts)
     own_streams = {language: streams[f"expert:{own[language]}"][language] for language in languages}
     own_speed = [speeds[f"expert:{name}"] for name in ensemble.trained if f"expert:{name}" in speeds]
