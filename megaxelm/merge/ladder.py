@@ -21,8 +21,9 @@ from megaxelm.ensemble.scoring import mixture_logprob
 from megaxelm.errors import RoutingError
 from megaxelm.evaluate.documents import document_scores, language_scores
 from megaxelm.evaluate.perplexity import HeldOut, read_held_out, score_models
+from megaxelm.evaluate.subjects import held_out_folders
 from megaxelm.files import write_json
-from megaxelm.merge.rungs import read_rung, rung_folder, rung_names
+from megaxelm.merge.rungs import MERGED, read_rung, rung_folder, rung_names
 from megaxelm.merge.speed import mixture_speed, model_speed, some_documents
 from megaxelm.model.config import active_parameters, num_parameters
 from megaxelm.model.decoder import Decoder
@@ -60,7 +61,7 @@ class _Row:
 
 
 def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) -> dict[str, Any]:
-    """Score every rung; write `evaluation/ladder.json` and the nats of every document beside it.
+    """Score every rung; write `merged/ladder.json` and the nats of every document beside it.
 
     Raises:
         StageError: no held-out text. RoutingError: a router that the ensemble does not have.
@@ -76,7 +77,8 @@ def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) 
     length = recipe.evaluation.sequence_length or recipe.train.sequence_length
     most = options.max_documents or recipe.evaluation.max_documents
     tokenizer = ensemble.tokenizer
-    held_out = _held_out(run, own, ensemble, most, length)
+    folders_of_text = {language: folder for language, folder in held_out_folders(run.path).items() if language in own}
+    held_out = read_held_out(folders_of_text, tokenizer, most, length)
     languages = list(held_out)
     timed = some_documents([(language, ids) for language, item in held_out.items() for ids in item.ids]) if options.speed else []
 
@@ -141,7 +143,7 @@ def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) 
         "mean": "macro mean over languages",
         "active_parameters": "of all that is computed to predict one token, embedding included; of a mixture: the experts that are kept",
     }
-    out = run.path / "evaluation"
+    out = run.path / MERGED
     out.mkdir(exist_ok=True)
     scores.save(out / DOCUMENTS)
     write_json(out / RESULTS, results)
@@ -153,16 +155,6 @@ def _own_experts(ensemble: Ensemble) -> dict[str, str]:
     tokens = {name: ensemble.languages.get(name, {}) for name in ensemble.trained}
     languages = sorted({language for found in tokens.values() for language in found})
     return {language: max(tokens, key=lambda name: tokens[name].get(language, 0)) for language in languages}
-
-
-def _held_out(run: RunFolder, own: Mapping[str, str], ensemble: Ensemble, most: int, length: int) -> dict[str, HeldOut]:
-    """Held-out text of every language; that of a language which an expert was grown for lies in the expert's run."""
-    found: dict[str, HeldOut] = {}
-    for language, expert in own.items():
-        places = [run.folder("corpus"), run.path / "grown" / expert / "corpus"]
-        folder = next((place for place in places if (place / "valid" / f"{language}.jsonl").is_file()), places[0])
-        found |= read_held_out(folder, [language], ensemble.tokenizer, most, length)
-    return found
 
 
 def _mixed(

@@ -20,6 +20,7 @@ from megaxelm.model.hub import load_config, weights_hash
 from megaxelm.model.source import WeightSource
 from megaxelm.run import RunFolder
 
+MERGED = "merged"
 RECORD = "merge.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN = ("mixture", "seed", "dense", "all")
@@ -33,7 +34,7 @@ def rung_folder(run: RunFolder, name: str) -> Path:
     """
     if not _NAME.fullmatch(name) or name in _TAKEN:
         raise MergeError(f"--name {name}: letters, digits, `.`, `_` and `-`, a letter or digit first, and not {', '.join(_TAKEN)}")
-    return run.path / "merged" / name
+    return run.path / MERGED / name
 
 
 def read_rung(run: RunFolder, name: str) -> dict[str, Any] | None:
@@ -46,7 +47,7 @@ def read_rung(run: RunFolder, name: str) -> dict[str, Any] | None:
 
 def rung_names(run: RunFolder) -> list[str]:
     """Names of the rungs that are there, sorted."""
-    folder = run.path / "merged"
+    folder = run.path / MERGED
     found = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
     return [name for name in found if not name.startswith(".")]
 

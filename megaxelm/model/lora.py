@@ -38,8 +38,10 @@ def projections(config: DecoderConfig) -> dict[str, str]:
     """The projections of a layer that may have a delta: our name in the layer -> the last part of the family's, which peft goes by.
 
     Raises:
-        ModelError: a family whose projections are not one tensor each.
+        ModelError: a family whose projections are not one tensor each, or a mixture-of-experts model.
     """
+    if config.num_experts:
+        raise ModelError("low-rank deltas: of a mixture-of-experts model there are none; branch from a dense model")
     family = get_family(config.family)
     with torch.device("meta"):
         layer = Decoder(config).layers[0]

@@ -6,10 +6,15 @@ router's scores, of which the k largest are kept and renormalised.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from megaxelm.model.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from megaxelm.model.layers import Surroundings
 
 
 def top_experts(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,8 +36,8 @@ class MoeFeedForward(nn.Module):
         self.router = router
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, x: Tensor, kernels: str = "torch") -> Tensor:
-        """`x` [N, H] -> [N, H]."""
+    def forward(self, x: Tensor, kernels: str = "torch", around: Surroundings | None = None) -> Tensor:
+        """`x` [N, H] -> [N, H]. `around` has no part in it: experts have no low-rank deltas, whose input it would drop."""
         weights, chosen = top_experts(self.router(x), self.experts_per_token)
         found = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):

@@ -35,7 +35,7 @@ def test_the_ladder_compares_all_rungs_on_the_same_documents(merging: Callable[[
     models = found["models"]
     expected = ["seed", "dense", "own", "mixture:language", "mixture:posterior", "mixture:posterior@1", "merged:moe", "merged:only-first"]
     assert list(models) == expected
-    assert json.loads((run.path / "evaluation" / "ladder.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((run.path / "merged" / "ladder.json").read_text()) == json.loads(json.dumps(found))
     own = {row["code"]: row["own"] for row in found["languages"]}
     assert set(own.values()) == {first, second}
 
@@ -64,7 +64,7 @@ def test_the_ladder_compares_all_rungs_on_the_same_documents(merging: Callable[[
         assert model["worst_bits_per_byte"] == max(bits.values()) == bits[model["worst_language"]]
         assert model["tokens_per_second"] > 0
 
-    scores = DocumentScores.load(run.path / "evaluation" / "ladder-documents.npz")
+    scores = DocumentScores.load(run.path / "merged" / "ladder-documents.npz")
     assert set(scores.nats) == set(models) and scores.languages == list(own)
     total = scores.nats["merged:moe"]["ru"].sum() / math.log(2) / scores.num_bytes["ru"].sum()
     assert total == pytest.approx(models["merged:moe"]["bits_per_byte"]["ru"])
@@ -200,4 +200,4 @@ def test_the_commands_make_and_show(run: RunFolder, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "average-language-ru" in out and "language mixture" in out and "moe" in out
     assert (run.path / "recipe.yaml").read_bytes() == recipe
-    assert np.isfinite(json.loads((run.path / "evaluation" / "ladder.json").read_text())["models"]["merged:moe"]["mean_bits_per_byte"])
+    assert np.isfinite(json.loads((run.path / "merged" / "ladder.json").read_text())["models"]["merged:moe"]["mean_bits_per_byte"])
