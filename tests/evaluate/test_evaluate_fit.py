@@ -212,6 +212,7 @@ def test_what_is_written_is_a_recipe_and_the_evaluation_tells(evaluated: Path, t
         "ru",
     }
     assert set(fitted_fields(again, run)) == {name for name, value in found["recipe"].items() if value is not None}
+    assert "temperature" not in fitted_fields(before, run), "the recipe has another value since"
     for name in ("ensemble", "evaluation"):
         shutil.rmtree(run / name)
     results = evaluate(run, again)
