@@ -186,35 +186,42 @@ def fit_prior(table: Table, evidence: Tensor, weight: float | None, free_weight:
     from scipy.optimize import minimize
 
     trained = evidence.shape[1] - (weight is not None)
-    after = evidence + table.logprobs
-
-    def split(x: NDArray[np.float64]) -> tuple[Tensor, float]:
-        b = torch.from_numpy(x[:trained]).log_softmax(0)
-        if weight is None:
-            return b, 0.0
-        share = float(torch.sigmoid(torch.tensor(x[trained]))) if free_weight else weight
-        return torch.cat([b + math.log1p(-share), torch.tensor([math.log(share)], dtype=torch.float64)]), share
-
-    def loss(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        prior, share = split(x)
-        nats = (prior + evidence).logsumexp(-1) - (prior + after).logsumexp(-1)
-        slope = (table.share.unsqueeze(-1) * ((prior + evidence).softmax(-1) - (prior + after).softmax(-1))).sum(0).numpy()
-        of_trained = slope[:trained].sum()
-        gradient = np.zeros_like(x)
-        gradient[:trained] = slope[:trained] - np.exp(x[:trained] - np.logaddexp.reduce(x[:trained])) * of_trained
-        if weight is not None and free_weight:
-            gradient[trained] = slope[trained] * (1 - share) - of_trained * share
-        return float((table.share * nats).sum()), gradient
 
     start = np.zeros(trained + (weight is not None and free_weight))
     bounds: list[tuple[float, float]] = [(-_PRIOR_REACH / 2, _PRIOR_REACH / 2)] * trained
     if weight is not None and free_weight:
         start[trained] = math.log(weight / (1 - weight))
         bounds.append((math.log(_WEIGHT[0] / (1 - _WEIGHT[0])), math.log(_WEIGHT[1] / (1 - _WEIGHT[1]))))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    prior, share = split(found.x)
+    found = minimize(lambda x: prior_loss(x, table, evidence, weight, free_weight), start, jac=True, method="L-BFGS-B", bounds=bounds)
+    prior, share = _prior_of(found.x, trained, weight, free_weight)
     trained_prior = (prior[:trained] - prior[:trained].logsumexp(0)).exp().numpy()
     return float(found.fun), trained_prior, share
+
+
+def prior_loss(
+    x: NDArray[np.float64], table: Table, evidence: Tensor, weight: float | None, free_weight: bool
+) -> tuple[float, NDArray[np.float64]]:
+    """Mean bits of the posterior mixture and their gradient in x: log weights of the trained experts, then the logit of the fallback's."""
+    trained = evidence.shape[1] - (weight is not None)
+    prior, share = _prior_of(x, trained, weight, free_weight)
+    before, after = prior + evidence, prior + evidence + table.logprobs
+    nats = before.logsumexp(-1) - after.logsumexp(-1)
+    slope = (table.share.unsqueeze(-1) * (before.softmax(-1) - after.softmax(-1))).sum(0).numpy()
+    of_trained = slope[:trained].sum()
+    gradient = np.zeros_like(x)
+    gradient[:trained] = slope[:trained] - np.exp(x[:trained] - np.logaddexp.reduce(x[:trained])) * of_trained
+    if weight is not None and free_weight:
+        gradient[trained] = slope[trained] * (1 - share) - of_trained * share
+    return float((table.share * nats).sum()), gradient
+
+
+def _prior_of(x: NDArray[np.float64], trained: int, weight: float | None, free_weight: bool) -> tuple[Tensor, float]:
+    """Log prior [experts] and the fallback's share of it."""
+    b = torch.from_numpy(x[:trained]).log_softmax(0)
+    if weight is None:
+        return b, 0.0
+    share = float(torch.sigmoid(torch.tensor(x[trained]))) if free_weight else weight
+    return torch.cat([b + math.log1p(-share), torch.tensor([math.log(share)], dtype=torch.float64)]), share
 
 
 def _fit_constant(name: str, ensemble: Ensemble, half: Half, given: float | None) -> Fit:

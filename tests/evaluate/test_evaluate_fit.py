@@ -17,7 +17,7 @@ from evaluated import evaluate
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.errors import MegaxelmError
 from megaxelm.evaluate import fit as fit_module
-from megaxelm.evaluate.fit import choose_top_m, fit_prior, fit_run
+from megaxelm.evaluate.fit import choose_top_m, fit_prior, fit_run, prior_loss
 from megaxelm.evaluate.fit_data import Half, asked_at, distances_of, evidence_of, mixture_nats, read_halves, table_of
 from megaxelm.evaluate.fit_write import fit_text, fitted_fields, write_fit
 from megaxelm.evaluate.perplexity import HeldOut
@@ -143,6 +143,20 @@ def test_the_gradient_of_prior_and_fallback_leads_to_the_least(free: bool, decay
             assert value <= bits(prior, weight + step / 4) + 1e-9
 
 
+@pytest.mark.parametrize(("weight", "free"), [(None, False), (0.2, False), (0.2, True)])
+def test_the_gradient_is_that_of_the_loss(weight: float | None, free: bool) -> None:
+    half = documents(2)
+    table, evidence = table_of(half), evidence_of(half, 0.8)
+    x = np.array([0.5, -0.3, 0.2])[: 3 - (weight is not None and not free)]
+    gradient = prior_loss(x, table, evidence, weight, free)[1]
+    steps = [step for step in 1e-5 * np.eye(len(x))]
+    slopes = [
+        (prior_loss(x + step, table, evidence, weight, free)[0] - prior_loss(x - step, table, evidence, weight, free)[0]) / 2e-5
+        for step in steps
+    ]
+    assert gradient == pytest.approx(np.array(slopes), abs=1e-8) and np.abs(gradient).max() > 1e-4
+
+
 def test_no_expert_is_written_off() -> None:
     rows = torch.tensor([[0.0] * 4, [-50.0] * 4])
     half = Half({"x": HeldOut("x", [[0] * 4], [8])}, {"x": [rows]})
@@ -198,6 +212,7 @@ def test_what_is_written_is_a_recipe_and_the_evaluation_tells(evaluated: Path, t
         "ru",
     }
     assert set(fitted_fields(again, run)) == {name for name, value in found["recipe"].items() if value is not None}
+    assert "temperature" not in fitted_fields(before, run), "the recipe has another value since"
     for name in ("ensemble", "evaluation"):
         shutil.rmtree(run / name)
     results = evaluate(run, again)

@@ -100,6 +100,9 @@ def test_models_that_read_other_languages_are_compared_where_they_can_be() -> No
     assert rows["lapt:n", "own"]["mean"]["value"] == pytest.approx(-3 / math.log(2) / 24) and list(rows["lapt:n", "own"]["languages"]) == [
         "y"
     ]
+    noisy = nats | {"noisy": {code: row + np.array([1.0, -1.0, 0.2]) for code, row in seed.items()}}
+    (row,) = statistics_results(Bootstrap(noisy, sizes, resamples=200), {"seed": "seed", "noisy": "noisy"})["differences"]
+    assert (row["better"], row["worse"], row["unclear"]) == ([], [], ["x", "y"]) and row["mean"]["value"] > 0
     assert rows["lapt:n", "own"]["better"] == ["y"] and rows["own", "seed"]["unclear"] == []
 
 

@@ -165,6 +165,9 @@ def test_the_heat_map_frames_own_languages_and_doubts_what_may_be_chance() -> No
     assert len(re.findall("font: italic|font-style: italic", drawn)) == 1
     assert drawn.count("stroke: #000000; stroke-width: 2.2") == 4
     assert ">tfidf @2<" in drawn and "@m: m experts kept" in drawn and ">seed<" not in drawn
+    fewer = forgetting()
+    fewer["models"]["expert:ar-az"]["own"] = ["ar"]
+    assert heat(fewer).count("stroke: #000000; stroke-width: 2.2") == 3
     certain = forgetting()
     certain["models"]["expert:ar-az"]["change"]["seed"]["az"] = change(0.02)
     assert "italic" not in heat(certain) and "not told from chance" not in heat(certain)
