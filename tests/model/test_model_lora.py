@@ -357,6 +357,8 @@ def test_the_plan_counts_what_autograd_keeps_and_what_is_trained(dropout: float)
         assert deltas.optimizer == 12 * trained // (ranks if stage else 1)
         assert deltas.weights == pytest.approx(whole.weights + 2 * trained / (ranks if stage == 3 else 1), abs=8 * trained)
         assert deltas.total < whole.total
+        assert deltas.peak == "backward"
+        assert deltas.loss == loss_memory(config, replace(work, precision="bf16"), "cuda", frozen=True)
     assert loss_memory(config, work, "cpu") - loss_memory(config, work, "cpu", frozen=True) == 8 * padded_parameters_of_head(config)
     assert padded_parameters(config) + trained == sum(parameter.numel() for parameter in decoder.parameters())
 
