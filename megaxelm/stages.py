@@ -7,12 +7,13 @@ a unit is made from follows from the recipe and, for the experts, from the clust
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaxelm.errors import StageError
 from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
+from megaxelm.grow.record import grown_fingerprint, read_growth
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import (
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from megaxelm.train.launch import LaunchOptions
 
 STAGES = ("corpus", "tokenizer", "tokens", "clusters", "index", "seed", "experts", "ensemble", "evaluation", "report")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model")
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
+"""The files of a loaded tokenizer and of a loaded seed that a run depends on."""
 _STAGE_VERSION = 1
 
 
@@ -38,6 +42,7 @@ class Stages:
     Args:
         check_sources: look whether the files that the run was made from have changed. Verbs that use a run do not: it may have been moved
             away from its sources.
+        known_sources: unit -> hashes of its source files, where they are known and need not be looked at.
     """
 
     def __init__(
@@ -46,13 +51,14 @@ class Stages:
         recipe: Recipe,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
         check_sources: bool = True,
+        known_sources: Mapping[str, dict[str, str]] | None = None,
     ) -> None:
         self.folder = run
         self.recipe = recipe
         self.say = say
         self.check_sources = check_sources
         self._launch: LaunchOptions | None = None
-        self._known_sources: dict[str, dict[str, str]] = {}
+        self._known_sources = dict(known_sources or {})
 
     # What every unit is made from.
 
@@ -109,8 +115,7 @@ class Stages:
         loaded = self.recipe.tokenizer.load
         if loaded is None:
             return MadeFrom(settings, self._fingerprints("corpus"))
-        patterns = ("tokenizer.json", "tokenizer_config.json", "*.model")
-        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: _folder_sources(Path(loaded), patterns)))
+        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: folder_sources(Path(loaded), TOKENIZER_FILES)))
 
     def _tokens_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("corpus", "tokenizer"))
@@ -136,7 +141,7 @@ class Stages:
         settings = self._settings(member_settings(self.recipe, member))
         if member.kind == "seed" and self.recipe.seed.load:
             loaded = Path(self.recipe.seed.load)
-            sources = self._sources("experts/seed", lambda: _folder_sources(loaded, ("config.json", "*.safetensors", "*.bin")))
+            sources = self._sources("experts/seed", lambda: folder_sources(loaded, MODEL_FILES))
             return MadeFrom(settings, self._fingerprints("tokenizer"), sources)
         languages = self._languages_of(member)
         if languages is None:
@@ -166,13 +171,21 @@ class Stages:
     def _ensemble_made_from(self) -> MadeFrom:
         settings = {"ensemble": result_settings(self.recipe.ensemble), "tfidf": result_settings(self.recipe.clusters.tfidf)}
         fallback = self.recipe.ensemble.fallback
-        experts = [f"experts/{name}" for name, member in self.members().items() if member.kind == "expert" or name == fallback]
-        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
+        growth = read_growth(self.folder.path)
+        members = self.members()
+        kept = growth.kept(name for name, member in members.items() if member.kind == "expert")
+        experts = [f"experts/{name}" for name in members if name in kept or name == fallback]
+        inputs = self._fingerprints("clusters", "index", *experts) | self._of_grown(item.name for item in growth.experts)
+        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed} | growth.settings()), inputs)
 
     def _evaluation_made_from(self) -> MadeFrom:
         settings = {"evaluation": result_settings(self.recipe.evaluation), "sequence_length": self.recipe.train.sequence_length}
         members = [f"experts/{name}" for name in self.members()]
-        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members))
+        comparisons = self._of_grown(item.name for item in read_growth(self.folder.path).comparisons)
+        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members) | comparisons)
+
+    def _of_grown(self, names: Iterable[str]) -> dict[str, str]:
+        return {f"grown/{name}": grown_fingerprint(self.folder.path, name) for name in names}
 
     def _report_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("evaluation"))
@@ -263,6 +276,22 @@ class Stages:
             self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
         self.write_lineage()
         return bool(waiting)
+
+    def require(self, last: str) -> None:
+        """Look whether a stage and all before it are made and fresh.
+
+        Raises:
+            StageError: naming the first one that is not, and why.
+        """
+        self._require_fresh(STAGES[: STAGES.index(last) + 1])
+
+    def is_fresh(self, last: str) -> bool:
+        """Whether a stage and all before it are made and fresh."""
+        try:
+            self.require(last)
+        except StageError:
+            return False
+        return True
 
     def _require_fresh(self, stages: tuple[str, ...]) -> None:
         for stage in stages:
@@ -386,7 +415,7 @@ def _corpus_summary(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+def folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     """Hashes of the files of a local folder; nothing for a name on the hub, whose name is in the settings."""
     if not path.is_dir():
         return {}

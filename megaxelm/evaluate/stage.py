@@ -20,6 +20,7 @@ from megaxelm.ensemble.scoring import mixture_logprob
 from megaxelm.errors import StageError
 from megaxelm.evaluate.perplexity import HeldOut, Score, read_held_out, score_models, score_streams
 from megaxelm.files import read_json, write_json
+from megaxelm.grow.record import export_folder, held_clusters, held_out_folders, read_growth
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,17 +37,22 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     """
     from megaxelm.corpus.tokenizer import Tokenizer
 
-    clusters = read_json(run_folder / "index" / "manifest.json", clusters=dict)["clusters"]
+    growth = read_growth(run_folder)
+    clusters = held_clusters(run_folder, growth)
     ensemble = load_ensemble(run_folder / "ensemble")
     tokenizer = Tokenizer.load(run_folder / "tokenizer")
-    languages = sorted({language for found in clusters.values() for language in found})
+    folders = held_out_folders(run_folder, growth)
+    languages = list(folders)
     max_tokens = recipe.evaluation.sequence_length or recipe.train.sequence_length
-    held_out = read_held_out(run_folder / "corpus", languages, tokenizer, recipe.evaluation.max_documents, max_tokens)
+    held_out = {
+        code: read_held_out(folder.parent, [code], tokenizer, recipe.evaluation.max_documents, max_tokens)[code]
+        for code, folder in folders.items()
+    }
     # Routers are made first: what they lack should be known before the models have read for minutes.
     routers = {name: ensemble.router(name) for name in recipe.evaluation.routers}
-    members = ["seed", *(["dense"] if recipe.experts.dense else []), *ensemble.trained]
+    members = ["seed", *(["dense"] if recipe.experts.dense else []), *ensemble.trained, *(item.name for item in growth.comparisons)]
     print(f"evaluation: {len(members)} models in float32 on {_device()}", flush=True)
-    streams = score_models({name: _loader(run_folder, name) for name in members}, held_out, tokenizer.start_id)
+    streams = score_models({name: _loader(export_folder(run_folder, name, growth), name) for name in members}, held_out, tokenizer.start_id)
     own = own_experts(clusters, languages)
 
     scores = {name: _scores(held_out, found) for name, found in streams.items()}
@@ -63,6 +69,11 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
         language: max((found[language] for found in experts.values()), key=lambda score: score.bits_per_byte) for language in languages
     }
     columns["worst"] = ("worst expert", worst)
+    for item in growth.comparisons:
+        columns[f"lapt-{item.name}"] = (f"LAPT of {item.donor} on {' '.join(item.languages)}", scores[item.name])
+    # A language that was grown has no equal: the dense model never saw it. Its comparison is LAPT.
+    grown = {code for item in growth.experts for code in item.languages}
+    equal = {code: score for code, score in columns["own"][1].items() if code not in grown}
 
     account = run_folder / "account.json"
     results = {
@@ -73,7 +84,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
         "models": {key: _column(label, found) for key, (label, found) in columns.items()},
         "experts": {name: {language: score.bits_per_byte for language, score in found.items()} for name, found in experts.items()},
         "account": read_json(account) if account.is_file() else None,
-        "verdict": verdict(columns["own"][1], scores.get("dense")),
+        "verdict": verdict(equal, scores.get("dense")),
         "settings": {
             "sequence_length": max_tokens,
             "max_documents": recipe.evaluation.max_documents,
@@ -129,10 +140,9 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _loader(run_folder: Path, name: str) -> Callable[[], Decoder]:
-    folder = run_folder / "experts" / name / "export"
+def _loader(folder: Path, name: str) -> Callable[[], Decoder]:
     if not (folder / "config.json").is_file():
-        raise StageError(f"evaluation: `{name}` has no export in experts/{name}/export; make it: megaxelm run RECIPE --until experts")
+        raise StageError(f"evaluation: `{name}` has no export in {folder}; make it: megaxelm run RECIPE --until experts")
 
     def load() -> Decoder:
         from megaxelm.model.hub import load_pretrained
