@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,10 +180,22 @@ class Stages:
         return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed} | growth.settings()), inputs)
 
     def _evaluation_made_from(self) -> MadeFrom:
-        settings = {"evaluation": result_settings(self.recipe.evaluation), "sequence_length": self.recipe.train.sequence_length}
+        evaluation = result_settings(self.recipe.evaluation)
+        # What is not asked for is left out: runs made before it could be asked for stay fresh.
+        evaluation = {name: value for name, value in evaluation.items() if value or name not in ("top_m", "texts")}
+        settings = {"evaluation": evaluation, "sequence_length": self.recipe.train.sequence_length}
         members = [f"experts/{name}" for name in self.members()]
+        sources: dict[str, str] = {}
+        if self.recipe.evaluation.texts:
+            from megaxelm.evaluate.texts import text_sources
+
+            marker = self.folder.marker("evaluation")
+            told = marker is not None and marker["settings"].get("evaluation", {}).get("texts") == evaluation["texts"]
+            # Texts that the last evaluation did not read must be at hand, whatever the verb.
+            look = partial(text_sources, self.recipe.evaluation.texts)
+            sources = self._sources("evaluation", look) if told else look()
         comparisons = self._of_grown(item.name for item in read_growth(self.folder.path).comparisons)
-        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members) | comparisons)
+        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members) | comparisons, sources)
 
     def _of_grown(self, names: Iterable[str]) -> dict[str, str]:
         return {f"grown/{name}": grown_fingerprint(self.folder.path, name) for name in names}

@@ -7,7 +7,7 @@ byte is what is left where URIEL knows nothing of the language, and can be asked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from megaxelm.recipe import Recipe, TypologyConfig
 
 if TYPE_CHECKING:
     from megaxelm.corpus.tokenizer import Tokenizer
-    from megaxelm.model.decoder import Decoder
 
 BY_RULE = ("auto", "bits", "typology")
 BASELINES = ("seed", "dense")
@@ -113,7 +112,9 @@ def sample_bits(
     No candidate has seen this text. It comes from the training text of the language, so that no choice is made on the text that the
     evaluation reads.
     """
-    from megaxelm.evaluate.perplexity import HeldOut, score_models, score_streams
+    from megaxelm.evaluate.documents import document_scores, language_scores
+    from megaxelm.evaluate.perplexity import HeldOut, score_models
+    from megaxelm.evaluate.subjects import export_loader
 
     held_out = {}
     for language, texts in documents.items():
@@ -121,10 +122,11 @@ def sample_bits(
         if not cuts:
             raise GrowError(f"language {language}: its sample has no text to measure; give other text by --corpus")
         held_out[language] = HeldOut(language, [list(map(int, ids)) for ids, _ in cuts], [size for _, size in cuts])
-    streams = score_models({item.name: _loader(item.export) for item in candidates}, held_out, tokenizer.start_id)
+    streams = score_models({item.name: export_loader(item.export, item.name) for item in candidates}, held_out, tokenizer.start_id)
+    documents_of = document_scores(held_out, streams)
     return {
-        name: {language: score_streams(held_out[language], found[language]).bits_per_byte for language in held_out}
-        for name, found in streams.items()
+        item.name: {language: score.bits_per_byte for language, score in language_scores(documents_of, item.name).items()}
+        for item in candidates
     }
 
 
@@ -166,14 +168,3 @@ def _has_features(code: str, config: TypologyConfig) -> bool:
 
 def _source(config: TypologyConfig) -> str:
     return f"clusters.typology.distances = {config.distances}" if config.distances else f"URIEL, {config.features}"
-
-
-def _loader(folder: Path) -> Callable[[], Decoder]:
-    def load() -> Decoder:
-        import torch
-
-        from megaxelm.model.hub import load_pretrained
-
-        return load_pretrained(folder, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
-
-    return load

@@ -166,7 +166,7 @@ def held_clusters(run_folder: Path, growth: Growth) -> Clusters:
     return found
 
 
-def held_out_folders(run_folder: Path, growth: Growth) -> dict[str, Path]:
+def evaluated_languages(run_folder: Path, growth: Growth) -> dict[str, Path]:
     """Language -> folder with its held-out text `<language>.jsonl`, for every language that is evaluated, sorted."""
     of_grown = {code: grown_folder(run_folder, item.name) for item in growth.experts for code in item.languages}
     languages = {code for text in held_clusters(run_folder, growth).values() for code in text}

@@ -115,10 +115,9 @@ def study_languages(
     choice = choose_donor(wanted, names, distances, mean)
     better = [item for item in BASELINES if item in mean and mean[item] < mean[choice.name]]
     if better and choice.name not in BASELINES:
-        notes = [
-            *notes,
-            f"{' and '.join(better)} predict this text better than the donor {choice.name} does: --donor {better[-1]} takes that",
-        ]
+        verb = "predicts" if len(better) == 1 else "predict"
+        advice = f"--donor {better[-1]} branches from there"
+        notes = [*notes, f"{' and '.join(better)} {verb} this text better than the donor {choice.name}: {advice}"]
     sizes = load_manifest(corpus)["languages"]
     tokens = {fit.language: sizes[fit.language]["train_bytes"] / fit.bytes_per_token for fit in fits}
     study = Study(name, tuple(languages), names, fits, list(known_fits), warnings, distances, bits, key, notes, choice, tokens)

@@ -6,6 +6,7 @@ change without anything being made again.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -253,6 +254,24 @@ class EvaluationConfig(Section):
     """Tokens scored of a document; the rest is cut. Null: `train.sequence_length`."""
     routers: list[RouterName] = Field(["language", "tfidf", "posterior", "uniform"], min_length=1)
     """Mixtures to evaluate."""
+    top_m: list[Annotated[int, Field(ge=1)]] = []
+    """Numbers of experts kept with which each mixture is evaluated besides `ensemble.top_m`."""
+    texts: dict[str, list[str]] = {}
+    """Further sets of texts that every model reads, each under a name of its own: files `<language>.jsonl` (also .gz, .zst; patterns are
+    allowed) with `text` in each line, e.g. `udhr: data/udhr/*.jsonl`. Parallel texts compare languages, by the bits of a whole text."""
+
+    @field_validator("texts", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list(cls, value: object) -> object:
+        return {name: [files] if isinstance(files, str) else files for name, files in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("texts")
+    @classmethod
+    def _names_of_folders(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for name, files in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or not files:
+                raise ValueError(f"evaluation.texts: {name!r}: a name has letters, digits, '.', '_' and '-' alone, and at least one file")
+        return value
 
 
 class Recipe(Section):
@@ -330,6 +349,9 @@ class Recipe(Section):
             raise ValueError(
                 f"ensemble.top_m = {self.ensemble.top_m} is more than clusters.k = {k}, the number of experts: choose 1 to {k}"
             )
+        wrong = [m for m in self.evaluation.top_m if k and m > k]
+        if wrong:
+            raise ValueError(f"evaluation.top_m = {wrong[0]} is more than clusters.k = {k}, the number of experts: choose 1 to {k}")
         if self.ensemble.router == "fixed" and not self.ensemble.fixed_weights:
             raise ValueError("ensemble.fixed_weights is empty: the fixed router needs a weight for at least one cluster")
         if "fixed" in self.evaluation.routers and not self.ensemble.fixed_weights:

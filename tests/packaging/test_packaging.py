@@ -75,7 +75,7 @@ ALLOWED = {
     "ensemble": {"corpus", "cluster", "model"},
     "evaluate": {"corpus", "ensemble", "model"},
     "serve": {"ensemble"},
-    "grow": {"cluster", "corpus", "ensemble", "evaluate", "model", "stages", "train"},
+    "grow": {"cluster", "corpus", "ensemble", "evaluate", "lineage", "model", "stages", "train"},
     "report": set(),
 }
 
