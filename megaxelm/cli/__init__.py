@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from megaxelm import __version__
-from megaxelm.cli import cluster, forgetting, generate, grow, index, models, plan, recipe, run, score, serve
+from megaxelm.cli import cluster, forgetting, generate, grow, index, models, plan, recipe, router, run, score, serve
 from megaxelm.console import end_on_signals, run_guarded
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for verb in _VERBS:
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(index.app, name="index")
+app.add_typer(router.app, name="router")
 app.add_typer(plan.bench_app, name="bench")
 
 

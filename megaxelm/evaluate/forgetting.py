@@ -240,7 +240,9 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         told = choice["against"].get(reference)
         if told and choice["experts"] > 1:
             sentences.append(name + _choice_sentence(told, choice["wrong_costs"], against, unit))
-    sentences += [_mixture_sentence(row, reference, against, unit) for row in models.values() if row["kind"] == "mixture"]
+    # variants by number of experts are in the matrix
+    mixtures = [row for key, row in models.items() if row["kind"] == "mixture" and "@" not in key]
+    sentences += [_mixture_sentence(row, reference, against, unit) for row in mixtures]
     return [text[0].upper() + text[1:] if len(found["choice"]) < 2 else text for text in sentences]
 
 

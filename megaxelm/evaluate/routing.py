@@ -106,8 +106,10 @@ class _Document:
 
     def __init__(self, weights: NDArray[np.float64], stream: NDArray[np.float64], mixed: NDArray[np.float64], own: int) -> None:
         best = int(stream.sum(1).argmax())
-        heaviest = weights.argmax(1)
-        self.hits = {"own": heaviest == own, "best": heaviest == best}
+        # Experts of the same weight share the choice, so that uniform weights are right once in k.
+        heaviest = weights == weights.max(1, keepdims=True)
+        chosen = (heaviest / heaviest.sum(1, keepdims=True)).astype(np.float32)
+        self.hits = {"own": chosen[:, own], "best": chosen[:, best]}
         self.weight = {name: weights[:, place].astype(np.float32) for name, place in (("own", own), ("best", best))}
         self.confidence = weights.max(1).astype(np.float32)
         self.regret = ((stream[best] - mixed) / math.log(2)).astype(np.float32)  # [tokens], bits more than the best expert

@@ -20,6 +20,7 @@ from typing import Any
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.windows import Windows
 from megaxelm.evaluate.documents import DocumentScores, Score, document_scores, language_scores
+from megaxelm.evaluate.fit_write import FIT_FILE, fitted_fields
 from megaxelm.evaluate.forgetting import forgetting_results, run_matrix
 from megaxelm.evaluate.mixtures import mix_held_out
 from megaxelm.evaluate.perplexity import read_held_out, score_models
@@ -78,7 +79,8 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     bootstrap = Bootstrap(add_choices(documents, ensemble.experts, own), documents.num_bytes)
     baselines = [name for name in BASELINES if name in documents.nats]
     columns = {name: name for name in (*baselines, OWN)} | {mixture.column: mixture.key for mixture in mixtures}
-    columns |= {lapt_column(key): key for key in models if key.startswith(f"{LAPT}:")}
+    # Models beside seed, dense and experts have differences that are worth an interval too.
+    columns |= {key: key for key in models if key not in BASELINES and not key.startswith("expert:")}
     labels = {key: key.replace("expert:", "expert ") for key in models} | {mixture.key: mixture.label for mixture in mixtures}
     texts = {}
     for name, further in further_texts.items():
@@ -88,6 +90,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
         (out / "texts").mkdir(exist_ok=True)
         found.save(out / "texts" / f"{name}.npz")
         texts[name] = text_set_results(found, labels, {language: model_key(expert) for language, expert in own.items()})
+    fitted = fitted_fields(recipe, run_folder)
     account = run_folder / "account.json"
     results = {
         "languages": [
@@ -117,6 +120,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
             "dtype": "float32",
             "device": scoring_device(),
             "mean": "macro mean over languages",
+            **({"fitted on half of this text": ", ".join(fitted) + f" (judged by the other half: {FIT_FILE})"} if fitted else {}),
         },
     }
     write_json(out / "results.json", results)
@@ -146,18 +150,13 @@ def comparison(
         for language in documents.languages
     }
     columns["worst"] = ("worst expert", worst)
-    columns |= {lapt_column(key): (key.replace(":", " ", 1), scores[key]) for key in documents.nats if key.startswith(f"{LAPT}:")}
+    columns |= {key: (key.replace(":", " ", 1), scores[key]) for key in documents.nats if key.startswith(f"{LAPT}:")}
     equal = {language: score for language, score in columns["own"][1].items() if language not in grown}
     return {
         "models": {key: _column(label, found) for key, (label, found) in columns.items()},
         "experts": {name: {language: score.bits_per_byte for language, score in found.items()} for name, found in experts.items()},
         "verdict": verdict(equal, scores.get("dense")),
     }
-
-
-def lapt_column(key: str) -> str:
-    """Name of a comparison (`lapt:<name>`) in `results.json`."""
-    return key.replace(":", "-", 1)
 
 
 def verdict(own: Mapping[str, Score], dense: Mapping[str, Score] | None) -> dict[str, Any] | None:

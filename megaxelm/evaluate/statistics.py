@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -132,7 +133,7 @@ class Bootstrap:
         return self._over(model, base, languages, np.max)
 
     def gini(self, model: str, base: str, languages: Sequence[str] | None = None) -> Interval:
-        """Gini coefficient of the gains over `base`, in bits per byte saved, over languages (`gini`)."""
+        """Gini coefficient over languages of the differences to `base` (`gini`; it is the same for gains and for losses)."""
         return self._over(model, base, languages, gini)
 
     def _column(self, model: str, language: str, base: str | None) -> tuple[float, NDArray[np.float64] | None]:
@@ -142,14 +143,13 @@ class Bootstrap:
         under = self._draws[base, language]
         return value - self._points[base, language], None if drawn is None or under is None else drawn - under
 
-    def _over(self, model: str, base: str | None, languages: Sequence[str] | None, figure: object) -> Interval:
+    def _over(self, model: str, base: str | None, languages: Sequence[str] | None, figure: Callable[..., Any]) -> Interval:
         columns = [self._column(model, language, base) for language in languages or self.languages_of(model, base)]
-        sign = -1.0 if figure is gini else 1.0
-        value = float(figure(sign * np.array([value for value, _ in columns]), axis=0))  # type: ignore[operator]
+        value = float(figure(np.array([value for value, _ in columns]), axis=0))
         rows = [drawn for _, drawn in columns if drawn is not None]
         if len(rows) < len(columns):
             return Interval(value)
-        return self._interval(value, figure(sign * np.stack(rows), axis=0))  # type: ignore[operator]
+        return self._interval(value, figure(np.stack(rows), axis=0))
 
     def _interval(self, value: float, drawn: NDArray[np.float64] | None) -> Interval:
         if drawn is None:

@@ -9,7 +9,7 @@ from megaxelm.evaluate.statistics import Bootstrap
 
 
 def statistics_results(bootstrap: Bootstrap, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Intervals of columns and of their differences to `seed`, `dense` and `own`, where those are.
+    """Intervals of columns and of their differences to `seed`, `dense` and `own`, where those are and have read the same languages.
 
     Args:
         columns: column of `results.json` -> model in the bootstrap.
@@ -25,11 +25,13 @@ def statistics_results(bootstrap: Bootstrap, columns: Mapping[str, str]) -> dict
                 "languages": {code: bootstrap.language(model, code).to_json() for code in bootstrap.languages_of(model)},
             }
             for column, model in columns.items()
+            if bootstrap.languages_of(model)
         },
         "differences": [
             {"model": column, "base": base} | difference(bootstrap, model, columns[base])
             for column, model in columns.items()
             for base in bases[: bases.index(column) if column in bases else None]
+            if bootstrap.languages_of(model, columns[base])
         ],
     }
 

@@ -1,7 +1,7 @@
 """Further sets of texts that are scored like the held-out text (`evaluation.texts`), parallel ones above all.
 
-Parallel texts say the same in every language, so languages can be compared by the bits of a whole text: bytes need not mean the same in two
-scripts. Nothing is cut here: a text longer than the evaluation's window is read in windows.
+Parallel texts say the same in every language, so languages can be compared by the bits of the whole set: a byte does not hold as much in
+one script as in another. Nothing is cut here: a text longer than the evaluation's window is read in windows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from megaxelm.ensemble.text_scores import read_texts
 from megaxelm.errors import CorpusError, StageError
 from megaxelm.evaluate.documents import DocumentScores, language_scores
 from megaxelm.evaluate.perplexity import HeldOut
+from megaxelm.evaluate.routing import OWN
+from megaxelm.evaluate.subjects import BASELINES
 from megaxelm.files import hash_file
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def read_text_set(name: str, patterns: Sequence[str], tokenizer: Tokenizer, lang
 
 
 def text_set_results(documents: DocumentScores, labels: Mapping[str, str], own: Mapping[str, str]) -> dict[str, Any]:
-    """A set's entry in `results.json`: bits per byte and bits per text of every model in every language.
+    """A set's entry in `results.json`: bits of the whole set, per text and per byte, of every model in every language.
 
     Args:
         labels: model in `documents` -> name for people. own: language -> key of its own expert.
@@ -88,8 +90,9 @@ def text_set_results(documents: DocumentScores, labels: Mapping[str, str], own: 
     parallel = len({len(sizes) for sizes in documents.num_bytes.values()}) == 1
     models: dict[str, Any] = {}
     for key, label in labels.items():
+        if key not in BASELINES and OWN not in models:
+            models[OWN] = {"label": "own expert", "languages": _entries(documents, own)}
         models[key] = {"label": label, "languages": _entries(documents, {language: key for language in documents.languages})}
-    models["own"] = {"label": "own expert", "languages": _entries(documents, own)}
     for model in models.values():
         rows = model["languages"].values()
         model["mean_bits_per_byte"] = math.fsum(row["bits_per_byte"] for row in rows) / len(rows)
@@ -112,6 +115,7 @@ def _entries(documents: DocumentScores, model_of: Mapping[str, str]) -> dict[str
         found[language] = {
             "bits_per_byte": score.bits_per_byte,
             "perplexity": score.perplexity,
+            "bits": math.fsum(nats) / math.log(2),
             "bits_per_text": math.fsum(nats) / math.log(2) / len(nats),
         }
     return found

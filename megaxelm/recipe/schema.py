@@ -258,7 +258,7 @@ class EvaluationConfig(Section):
     """Numbers of experts kept with which each mixture is evaluated besides `ensemble.top_m`."""
     texts: dict[str, list[str]] = {}
     """Further sets of texts that every model reads, each under a name of its own: files `<language>.jsonl` (also .gz, .zst; patterns are
-    allowed) with `text` in each line, e.g. `udhr: data/udhr/*.jsonl`. Parallel texts compare languages, by the bits of a whole text."""
+    allowed) with `text` in each line, e.g. `udhr: data/udhr/*.jsonl`. Parallel texts compare languages, by the bits of a whole set."""
 
     @field_validator("texts", mode="before")
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megaxelm.report.measured import Forgetting, RouterRow, Statistics, TextSet
+
 
 @dataclass(frozen=True)
 class Language:
@@ -118,6 +120,10 @@ class RunData:
     corpus: list[CorpusLanguage] = field(default_factory=list)
     sources: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     recipe_text: str | None = None
+    forgetting: Forgetting | None = None
+    routers: dict[str, RouterRow] = field(default_factory=dict)
+    statistics: Statistics | None = None
+    texts: dict[str, TextSet] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     def model(self, key: str) -> Model | None:

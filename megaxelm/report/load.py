@@ -15,6 +15,7 @@ from typing import Any
 
 from megaxelm.errors import StageError
 from megaxelm.report.data import Account, Cluster, Clusters, CorpusLanguage, Curve, Language, Member, Model, RunData
+from megaxelm.report.measured import Forgetting, RouterRow, Statistics, TextSet, read_part
 
 _MODEL_ORDER = ("seed", "dense", "own")
 _STAGE_FOLDERS = ("corpus", "clusters", "index", "evaluation")
@@ -63,7 +64,24 @@ def load_run(run_folder: Path) -> RunData:
         sources=sources,
         recipe_text=recipe_text,
         missing=missing,
+        **_measured(results, missing),
     )
+
+
+def _measured(results: _Reader, missing: list[str]) -> dict[str, Any]:
+    """Forgetting, routers and statistics; absent from runs that were evaluated before they were made."""
+    try:
+        found = {
+            "forgetting": read_part(results.values, "forgetting", Forgetting),
+            "routers": read_part(results.values, "routers", dict[str, RouterRow]),
+            "statistics": read_part(results.values, "statistics", Statistics),
+        }
+        texts = read_part(results.values, "texts", dict[str, TextSet]) or {}
+    except ValueError as error:
+        raise results.error(str(error)) from None
+    if None in found.values():
+        missing.append("evaluation/results.json: forgetting, router quality and intervals; evaluate again for them")
+    return found | {"routers": found["routers"] or {}, "texts": texts}
 
 
 class _Reader:

@@ -10,30 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluated import evaluate
 
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.scoring import mixture_logprob
-from megaxelm.ensemble.stage import build_ensemble
 from megaxelm.errors import MegaxelmError
 from megaxelm.evaluate.documents import DocumentScores
-from megaxelm.evaluate.stage import evaluate_run
 from megaxelm.evaluate.streams import load_streams
+from megaxelm.evaluate.texts import text_files
 from megaxelm.recipe import Recipe, parse_recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
 
 MakeRun = Callable[..., Path]
 MakeRecipe = Callable[..., Recipe]
-
-
-def evaluate(run: Path, recipe: Recipe) -> dict[str, Any]:
-    if not (run / "ensemble").exists():
-        build_ensemble(recipe, run, run / "ensemble")
-    (run / "evaluation").mkdir()
-    evaluate_run(recipe, run, run / "evaluation")
-    results: dict[str, Any] = json.loads((run / "evaluation" / "results.json").read_text())
-    return results
 
 
 def test_documents_and_streams_hold_what_the_results_were_made_from(make_run: MakeRun, make_recipe: MakeRecipe) -> None:
@@ -112,6 +103,16 @@ def test_texts_that_cannot_be_read_are_told(
         pattern = str(tmp_path / "*.json")
     with pytest.raises(MegaxelmError, match=f"evaluation.texts.laws.*{message}"):
         evaluate(make_run("language"), make_recipe("language", evaluation={"texts": {"laws": [pattern]}}))
+
+
+def test_two_files_of_one_language_and_other_kinds_of_files_are_told(tmp_path: Path) -> None:
+    write_texts(tmp_path / "laws", {"ru": ["x"]})
+    (tmp_path / "laws" / "ru.jsonl.gz").write_bytes(b"")
+    with pytest.raises(MegaxelmError, match="ru.jsonl and .*ru.jsonl.gz are both of the language 'ru'"):
+        text_files("laws", [f"{tmp_path}/laws/*"])
+    (tmp_path / "laws" / "ru.jsonl.gz").rename(tmp_path / "laws" / "notes.txt")
+    with pytest.raises(MegaxelmError, match="notes.txt: its name must be <language>.jsonl"):
+        text_files("laws", [f"{tmp_path}/laws/*"])
 
 
 @pytest.mark.parametrize(
