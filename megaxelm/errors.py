@@ -57,5 +57,9 @@ class StageError(MegaxelmError):
     """A stage of the run cannot be made, or an input of it is missing."""
 
 
+class GrowError(MegaxelmError):
+    """A language cannot be added to the run, or dropped from it, as asked."""
+
+
 class Preempted(MegaxelmError):
     """Training was asked to stop, and has saved its state: not a mistake, but no result either. Exit code 75."""

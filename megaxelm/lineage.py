@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from megaxelm.errors import ModelError, StageError
 from megaxelm.files import hash_value, read_json, write_if_changed, write_json
+from megaxelm.grow.record import read_growth
 from megaxelm.run import RunFolder
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def lineage_entries(run: RunFolder, members: Mapping[str, Member], languages_of:
             "parent_weights": None if parent is None else branched or _parent_weights(run, marker, parent),
             "folder": f"experts/{name}",
         }
-    growth = _read_growth(run.path)
+    growth = read_growth(run.path).to_json()
     for grown in growth["grown"]:
         entry = _grown_entry(run, grown, entries)
         if entry is not None:
@@ -183,12 +184,6 @@ def _read(run_folder: Path) -> dict[str, Any]:
     except StageError as error:
         raise StageError(f"{str(error).split(';')[0]}; mend it, or remove it and lose the history of the run in it") from None
     return record | {"history": record.get("history", [])}
-
-
-def _read_growth(run_folder: Path) -> dict[str, Any]:
-    """What was grown and dropped after the run, as `growth.json` has it."""
-    path = run_folder / "growth.json"
-    return read_json(path, grown=list, dropped=dict) if path.exists() else {"grown": [], "dropped": {"experts": []}}
 
 
 def _grown_entry(run: RunFolder, grown: Mapping[str, Any], entries: Mapping[str, Entry]) -> Entry | None:

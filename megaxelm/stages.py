@@ -7,14 +7,16 @@ a unit is made from follows from the recipe and, for the experts, from the clust
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaxelm.errors import StageError
 from megaxelm.files import hash_file, hash_value, read_json, write_if_changed
+from megaxelm.grow.record import grown_fingerprint, read_growth
 from megaxelm.lineage import Entry, lineage_entries, write_lineage
+from megaxelm.loaded import model_sources, tokenizer_sources
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import (
@@ -41,6 +43,7 @@ class Stages:
     Args:
         check_sources: look whether the files that the run was made from have changed. Verbs that use a run do not: it may have been moved
             away from its sources.
+        known_sources: unit -> hashes of its source files, where they are known and need not be looked at.
     """
 
     def __init__(
@@ -49,13 +52,14 @@ class Stages:
         recipe: Recipe,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
         check_sources: bool = True,
+        known_sources: Mapping[str, dict[str, str]] | None = None,
     ) -> None:
         self.folder = run
         self.recipe = recipe
         self.say = say
         self.check_sources = check_sources
         self._launch: LaunchOptions | None = None
-        self._known_sources: dict[str, dict[str, str]] = {}
+        self._known_sources = dict(known_sources or {})
 
     # What every unit is made from.
 
@@ -109,8 +113,7 @@ class Stages:
         loaded = self.recipe.tokenizer.load
         if loaded is None:
             return MadeFrom(settings, self._fingerprints("corpus"))
-        patterns = ("tokenizer.json", "tokenizer_config.json", "*.model")
-        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: _folder_sources(Path(loaded), patterns)))
+        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: tokenizer_sources(Path(loaded))))
 
     def _tokens_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("corpus", "tokenizer"))
@@ -143,7 +146,7 @@ class Stages:
         settings = self._settings(member_settings(self.recipe, member))
         if member.kind == "seed" and self.recipe.seed.load:
             loaded = Path(self.recipe.seed.load)
-            sources = self._sources("experts/seed", lambda: _model_sources(loaded))
+            sources = self._sources("experts/seed", lambda: model_sources(loaded))
             return MadeFrom(settings, self._fingerprints("tokenizer"), sources)
         languages = self._languages_of(member)
         if languages is None:
@@ -173,8 +176,12 @@ class Stages:
     def _ensemble_made_from(self) -> MadeFrom:
         settings = {"ensemble": result_settings(self.recipe.ensemble), "tfidf": result_settings(self.recipe.clusters.tfidf)}
         fallback = self.recipe.ensemble.fallback
-        experts = [f"experts/{name}" for name, member in self.members().items() if member.is_leaf or name == fallback]
-        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
+        growth = read_growth(self.folder.path)
+        members = self.members()
+        kept = growth.kept(name for name, member in members.items() if member.is_leaf)
+        experts = [f"experts/{name}" for name in members if name in kept or name == fallback]
+        inputs = self._fingerprints("clusters", "index", *experts) | self._of_grown(item.name for item in growth.experts)
+        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed} | growth.settings()), inputs)
 
     def _evaluation_made_from(self) -> MadeFrom:
         evaluation = result_settings(self.recipe.evaluation)
@@ -192,7 +199,11 @@ class Stages:
             # Texts that the last evaluation did not read must be at hand, whatever the verb.
             look = partial(text_sources, self.recipe.evaluation.texts)
             sources = self._sources("evaluation", look) if told else look()
-        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members), sources)
+        comparisons = self._of_grown(item.name for item in read_growth(self.folder.path).comparisons)
+        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members) | comparisons, sources)
+
+    def _of_grown(self, names: Iterable[str]) -> dict[str, str]:
+        return {f"grown/{name}": grown_fingerprint(self.folder.path, name) for name in names}
 
     def _report_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("evaluation"))
@@ -293,6 +304,22 @@ class Stages:
             self.say(f"{stage:<11} {name}: making ({reason})" + (f"; the earlier one is kept in {moved}" if moved else ""))
             waiting.append(members[name])
         return waiting
+
+    def require(self, last: str) -> None:
+        """Look whether a stage and all before it are made and fresh.
+
+        Raises:
+            StageError: naming the first one that is not, and why.
+        """
+        self._require_fresh(STAGES[: STAGES.index(last) + 1])
+
+    def is_fresh(self, last: str) -> bool:
+        """Whether a stage and all before it are made and fresh."""
+        try:
+            self.require(last)
+        except StageError:
+            return False
+        return True
 
     def _require_fresh(self, stages: tuple[str, ...]) -> None:
         for stage in stages:
@@ -402,22 +429,3 @@ def _corpus_summary(manifest: dict[str, Any]) -> list[str]:
         first = broken["examples"][0]
         lines.append(f"{broken['count']:,} broken documents were left out, the first: {first} (all examples: corpus/manifest.json)")
     return lines
-
-
-def _model_sources(path: Path) -> dict[str, str]:
-    """Hashes of a model's files; of an adapter those of its base too."""
-    patterns = ("config.json", "*.safetensors", "*.bin")
-    if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
-        return _folder_sources(path, patterns)
-    from megaxelm.model.adapter_files import base_folder
-
-    base = {f"base/{name}": value for name, value in _model_sources(Path(base_folder(path))).items()}
-    return _folder_sources(path, ("adapter_config.json", "*.safetensors")) | base
-
-
-def _folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:
-    """Hashes of the files of a local folder; nothing for a name on the hub, whose name is in the settings."""
-    if not path.is_dir():
-        return {}
-    found = sorted({file for pattern in patterns for file in path.glob(pattern)})
-    return {file.name: hash_file(file) for file in found}

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from megaxelm import __version__
-from megaxelm.cli import cluster, forgetting, generate, index, lineage, merge, models, plan, recipe, router, run, score, serve
+from megaxelm.cli import cluster, forgetting, generate, grow, index, lineage, merge, models, plan, recipe, router, run, score, serve
 from megaxelm.console import end_on_signals, run_guarded
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 _VERBS: list[Callable[..., None]] = [
     *(run.run, run.prepare, run.train, run.submit, run.status, lineage.lineage, run.evaluate, run.report),
-    *(merge.merge, merge.ladder, forgetting.forgetting),
+    *(grow.grow, grow.drop, merge.merge, merge.ladder, forgetting.forgetting),
     *(models.export, generate.generate, score.score, serve.serve, plan.plan),
 ]
 for verb in _VERBS:

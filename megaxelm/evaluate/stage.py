@@ -13,7 +13,7 @@ evaluation/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from megaxelm.evaluate.statistics import Bootstrap
 from megaxelm.evaluate.streams import save_streams
 from megaxelm.evaluate.subjects import (
     BASELINES,
+    LAPT,
     Mixture,
+    grown_languages,
     held_out_folders,
     index_clusters,
     model_key,
@@ -77,7 +79,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     bootstrap = Bootstrap(add_choices(documents, ensemble.experts, own), documents.num_bytes)
     baselines = [name for name in BASELINES if name in documents.nats]
     columns = {name: name for name in (*baselines, OWN)} | {mixture.column: mixture.key for mixture in mixtures}
-    # Models beside seed, dense and experts have no column in the comparison, but differences that are worth an interval.
+    # Models beside seed, dense and experts have differences that are worth an interval too.
     columns |= {key: key for key in models if key not in BASELINES and not key.startswith("expert:")}
     labels = {key: key.replace("expert:", "expert ") for key in models} | {mixture.key: mixture.label for mixture in mixtures}
     texts = {}
@@ -95,7 +97,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
             {"code": item.language, "own": own[item.language], "documents": len(item.ids), "bytes": item.bytes, "tokens": item.tokens}
             for item in held_out.values()
         ],
-        **comparison(documents, own, ensemble.trained, mixtures),
+        **comparison(documents, own, ensemble.trained, mixtures, grown_languages(run_folder)),
         "statistics": statistics_results(bootstrap, columns),
         "forgetting": forgetting_results(
             run_matrix(
@@ -124,11 +126,17 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     write_json(out / "results.json", results)
 
 
-def comparison(documents: DocumentScores, own: Mapping[str, str], trained: Sequence[str], mixtures: Sequence[Mixture]) -> dict[str, Any]:
+def comparison(
+    documents: DocumentScores,
+    own: Mapping[str, str],
+    trained: Sequence[str],
+    mixtures: Sequence[Mixture],
+    grown: Collection[str] = (),
+) -> dict[str, Any]:
     """`models` (a column each), `experts` (every one on every language) and `verdict` of `results.json`.
 
     Args:
-        own: language -> its expert. trained: the experts, without the fallback.
+        own: language -> its expert. trained: the experts, without the fallback. grown: languages that the verdict leaves out.
     """
     scores = {model: language_scores(documents, model) for model in documents.nats}
     experts = {name: scores[model_key(name)] for name in trained}
@@ -142,10 +150,12 @@ def comparison(documents: DocumentScores, own: Mapping[str, str], trained: Seque
         for language in documents.languages
     }
     columns["worst"] = ("worst expert", worst)
+    columns |= {key: (key.replace(":", " ", 1), scores[key]) for key in documents.nats if key.startswith(f"{LAPT}:")}
+    equal = {language: score for language, score in columns["own"][1].items() if language not in grown}
     return {
         "models": {key: _column(label, found) for key, (label, found) in columns.items()},
         "experts": {name: {language: score.bits_per_byte for language, score in found.items()} for name, found in experts.items()},
-        "verdict": verdict(columns["own"][1], scores.get("dense")),
+        "verdict": verdict(equal, scores.get("dense")),
     }
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megaxelm.errors import StageError
-from megaxelm.files import is_model_folder, read_json
+from megaxelm.files import is_model_folder
+from megaxelm.grow.record import Clusters, evaluated_languages, export_folder, held_clusters, read_growth
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from megaxelm.model.decoder import Decoder
 
 BASELINES = ("seed", "dense")
+LAPT = "lapt"
+"""Kind of the models that are compared with grown experts (`lapt:<name>`)."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,19 @@ def model_key(name: str) -> str:
     return name if name in BASELINES else f"expert:{name}"
 
 
-def index_clusters(run_folder: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Cluster -> language -> counts, from the token index of a run."""
-    return read_json(run_folder / "index" / "manifest.json", clusters=dict)["clusters"]
+def index_clusters(run_folder: Path) -> Clusters:
+    """Expert -> language -> counts of the training text it stands for; grown experts with the languages that they were grown for."""
+    return held_clusters(run_folder, read_growth(run_folder))
 
 
 def held_out_folders(run_folder: Path) -> dict[str, Path]:
     """Language -> folder of its held-out text, `<folder>/<language>.jsonl`, for every language that is evaluated."""
-    valid = run_folder / "corpus" / "valid"
-    return {language: valid for language in sorted({language for found in index_clusters(run_folder).values() for language in found})}
+    return evaluated_languages(run_folder, read_growth(run_folder))
+
+
+def grown_languages(run_folder: Path) -> set[str]:
+    """Languages that were grown. The dense model never saw them, so it is no equal there: their comparison is LAPT."""
+    return {code for item in read_growth(run_folder).experts for code in item.languages}
 
 
 def models_to_score(recipe: Recipe, run_folder: Path, trained: Sequence[str]) -> dict[str, Callable[[], Decoder]]:
@@ -73,8 +80,10 @@ def models_to_score(recipe: Recipe, run_folder: Path, trained: Sequence[str]) ->
     Raises:
         StageError: a model has no export.
     """
-    names = ["seed", *(["dense"] if recipe.experts.dense else []), *trained]
-    return {model_key(name): export_loader(run_folder / "experts" / name / "export", name) for name in names}
+    growth = read_growth(run_folder)
+    keys = {name: model_key(name) for name in ["seed", *(["dense"] if recipe.experts.dense else []), *trained]}
+    keys |= {item.name: f"{LAPT}:{item.name}" for item in growth.comparisons}
+    return {key: export_loader(export_folder(run_folder, name, growth), name) for name, key in keys.items()}
 
 
 def plan_mixtures(recipe: Recipe, ensemble: Ensemble) -> list[Mixture]:
@@ -111,7 +120,7 @@ def export_loader(folder: Path, name: str) -> Callable[[], Decoder]:
         StageError: there is no export.
     """
     if not is_model_folder(folder):
-        raise StageError(f"evaluation: `{name}` has no export in experts/{name}/export; make it: megaxelm run RECIPE --until experts")
+        raise StageError(f"evaluation: `{name}` has no export in {folder}; make it: megaxelm run RECIPE --until experts")
 
     def load() -> Decoder:
         from megaxelm.model.hub import load_pretrained

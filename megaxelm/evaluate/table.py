@@ -60,12 +60,17 @@ def verdict_text(results: Mapping[str, Any]) -> str:
     found = results["verdict"]
     if found is None:
         return "no dense baseline was trained: the experts are compared with the seed only"
-    text = f"own expert beats dense in {len(found['beaten'])} of {len(results['languages'])} languages"
-    own, dense = (results["models"][key]["mean_bits_per_byte"] for key in ("own", "dense"))
+    compared = [*found["beaten"], *found["not_beaten"]]
+    text = f"own expert beats dense in {len(found['beaten'])} of {len(compared)} languages"
+    rows = [results["models"][key]["languages"] for key in ("own", "dense")]
+    own, dense = (sum(row[code]["bits_per_byte"] for code in compared) / len(compared) for row in rows)
     text += f" (mean {own:.3f} against {dense:.3f} bits per byte)"
     if found["not_beaten"]:
         ordered = sorted(found["not_beaten"].items(), key=lambda item: -item[1])
         text += "; not in: " + ", ".join(f"{language} by {value:.3f}" for language, value in ordered)
+    grown = [row["code"] for row in results["languages"] if row["code"] not in compared]
+    if grown:
+        text += f"; {', '.join(grown)} grown later, which dense never saw: see the columns lapt"
     if (results.get("account") or {}).get("equal") is False:
         text += "; experts and dense did NOT get equal training tokens"
     return text

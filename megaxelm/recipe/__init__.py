@@ -14,7 +14,7 @@ from megaxelm.recipe.corpus import (
     Source,
     TokenizerConfig,
 )
-from megaxelm.recipe.load import dump_recipe, load_recipe, parse_recipe
+from megaxelm.recipe.load import dump_recipe, load_recipe, override_tree, parse_recipe
 from megaxelm.recipe.reference import recipe_docs
 from megaxelm.recipe.rounds import RoundConfig, round_steps
 from megaxelm.recipe.schema import (
@@ -60,6 +60,7 @@ __all__ = [
     "TypologyConfig",
     "dump_recipe",
     "load_recipe",
+    "override_tree",
     "parse_recipe",
     "recipe_docs",
     "result_settings",

@@ -37,9 +37,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections (name, corpus, clusters, ...), found {type(tree).__name__}")
+    return parse_recipe(override_tree(tree, overrides), str(path))
+
+
+def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested dictionaries of a recipe with dotted overrides such as `train.lr=2e-3` applied in place.
+
+    Raises:
+        RecipeError: an override that is no KEY=VALUE, or whose key leads through something that is no section.
+    """
     for override in overrides:
         _apply_override(tree, override)
-    return parse_recipe(tree, str(path))
+    return tree
 
 
 def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
