@@ -404,10 +404,5 @@ class Recipe(Section):
                 f"experts.batch_sequences = {experts.batch_sequences} and rounds: each of a round's k experts gets "
                 "train.batch_sequences / k; leave out experts.batch_sequences"
             )
-        if experts.kind == "lora" and len(self.rounds) > 1:
-            raise ValueError(
-                "experts.kind = lora and rounds: a delta lies over the seed and cannot branch from another delta; set experts.kind to "
-                "full, or leave out rounds"
-            )
         check_rounds(self.rounds, k, train.batch_sequences, self.clusters.partitioner)
         round_steps(self.rounds, experts.steps or train.steps, experts.allow_unequal_tokens)

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from megaxelm.cli import app
 from megaxelm.files import is_model_folder, write_json
+from megaxelm.loaded import model_sources
 from megaxelm.model.hub import load_pretrained, open_pretrained
 from megaxelm.recipe import load_recipe
 from megaxelm.run import MARKER, RunFolder
-from megaxelm.stages import Stages, _model_sources
+from megaxelm.stages import Stages
 
 SETTINGS = ["experts.kind=lora", "experts.lora.rank=4", "experts.lora.lr=0.03", "ensemble.fallback=seed"]
 
@@ -36,11 +37,11 @@ def test_a_seed_that_is_an_adapter_depends_on_its_base_too(tmp_path: Path) -> No
         (folder / name).write_text(name)
     (base / "config.json").write_text("{}")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../base"}))
-    before = _model_sources(adapter)
+    before = model_sources(adapter)
     assert set(before) == {"adapter_config.json", "adapter_model.safetensors", "base/config.json", "base/model.safetensors"}
-    assert set(_model_sources(base)) == {"config.json", "model.safetensors"}
+    assert set(model_sources(base)) == {"config.json", "model.safetensors"}
     (base / "model.safetensors").write_text("another")
-    assert [name for name, value in _model_sources(adapter).items() if before[name] != value] == ["base/model.safetensors"]
+    assert [name for name, value in model_sources(adapter).items() if before[name] != value] == ["base/model.safetensors"]
 
 
 def export(*arguments: object) -> str:
