@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megaxelm.errors import ModelError, StageError
-from megaxelm.files import hash_value, read_json, write_if_changed, write_json
+from megaxelm.files import hash_value, is_model_folder, read_json, write_if_changed, write_json
 from megaxelm.grow.record import read_growth
 from megaxelm.run import RunFolder
 
@@ -129,7 +129,7 @@ def check_lineage(run_folder: Path, entries: Mapping[str, Entry]) -> dict[str, s
     wrong: dict[str, str] = {}
     for name, folder in _with_bar({name: run_folder / entry["folder"] / "export" for name, entry in recorded.items()}):
         entry = recorded[name]
-        if not (folder / "config.json").is_file():
+        if not is_model_folder(folder):
             wrong[name] = f"its export is missing ({folder})"
             continue
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megaxelm.errors import GrowError
+from megaxelm.files import is_model_folder
 from megaxelm.grow.record import export_folder, read_growth
+from megaxelm.lineage import record_event
 
 
 def model_hashes(run_folder: Path) -> dict[str, str]:
@@ -15,7 +16,7 @@ def model_hashes(run_folder: Path) -> dict[str, str]:
     from megaxelm.model.hub import weights_hash
 
     growth = read_growth(run_folder)
-    own = sorted(path.name for path in (run_folder / "experts").iterdir() if (path / "export" / "config.json").is_file())
+    own = sorted(path.name for path in (run_folder / "experts").iterdir() if is_model_folder(path / "export"))
     return {name: weights_hash(export_folder(run_folder, name, growth)) for name in dict.fromkeys([*own, *growth.names])}
 
 
@@ -38,14 +39,5 @@ def record_untouched(run_folder: Path, what: str, before: Mapping[str, str], mad
             f"{what}: the weights of {', '.join(touched)} are not what they were before, although no other model is written to here: "
             "another program has changed them meanwhile; train them again (megaxelm run RECIPE --from experts), or restore their export"
         )
-    _record_event(run_folder, what, dict(before), after)
+    record_event(run_folder, what, dict(before), after)
     return after
-
-
-def _record_event(run_folder: Path, what: str, before: dict[str, str], after: dict[str, str]) -> None:
-    # The history is the lineage's; a run of a program without it keeps the proof in the check above alone.
-    if importlib.util.find_spec("megaxelm.lineage") is None:
-        return
-    from megaxelm.lineage import record_event
-
-    record_event(run_folder, what, before, after)
