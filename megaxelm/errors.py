@@ -45,12 +45,20 @@ class RoutingError(MegaxelmError):
     """A router or the ensemble was asked for something it cannot do."""
 
 
+class MergeError(MegaxelmError):
+    """The experts of a run cannot be made one model as asked."""
+
+
 class ServeError(MegaxelmError):
     """The server cannot start with these settings."""
 
 
 class StageError(MegaxelmError):
     """A stage of the run cannot be made, or an input of it is missing."""
+
+
+class GrowError(MegaxelmError):
+    """A language cannot be added to the run, or dropped from it, as asked."""
 
 
 class Preempted(MegaxelmError):

@@ -23,6 +23,12 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
+def write_if_changed(path: Path, value: Any) -> None:
+    """Write JSON where the file is missing or holds another value."""
+    if not path.exists() or path.read_text(encoding="utf-8") != json_text(value):
+        write_json(path, value)
+
+
 def json_text(value: Any) -> str:
     """How `write_json` writes a value."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
@@ -61,6 +67,11 @@ def hash_file(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds an exported model: a Hugging Face checkpoint, or an adapter beside its base."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def replace_folder(made: Path, target: Path) -> None:

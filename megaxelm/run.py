@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megaxelm.errors import StageError
-from megaxelm.files import hash_value, read_json, remove, replace_folder, write_json
+from megaxelm.files import hash_value, is_model_folder, read_json, remove, replace_folder, write_json
 from megaxelm.recipe import Recipe, dump_recipe, load_recipe
 
 MARKER = "stage.json"
@@ -78,7 +78,7 @@ class RunFolder:
         fields = {"settings": dict, "inputs": dict, "sources": dict, "fingerprint": str}
         if not unit.startswith("experts/"):
             return read_json(path, **fields)
-        if not (self.folder(unit) / "export" / "config.json").exists():
+        if not is_model_folder(self.folder(unit) / "export"):
             return None  # what it stands for has been removed
         return read_json(path, **fields, weights=str)
 

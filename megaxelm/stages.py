@@ -7,12 +7,16 @@ a unit is made from follows from the recipe and, for the experts, from the clust
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaxelm.errors import StageError
-from megaxelm.files import hash_file, hash_value, json_text, read_json, write_json
+from megaxelm.files import hash_file, hash_value, read_json, write_if_changed
+from megaxelm.grow.record import grown_fingerprint, read_growth
+from megaxelm.lineage import Entry, lineage_entries, write_lineage
+from megaxelm.loaded import model_sources, tokenizer_sources
 from megaxelm.recipe import Recipe, result_settings
 from megaxelm.run import MadeFrom, RunFolder
 from megaxelm.train.members import (
@@ -22,7 +26,8 @@ from megaxelm.train.members import (
     check_language_weights,
     find_member,
     member_settings,
-    plan_members,
+    members_of_run,
+    training_rounds,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ class Stages:
     Args:
         check_sources: look whether the files that the run was made from have changed. Verbs that use a run do not: it may have been moved
             away from its sources.
+        known_sources: unit -> hashes of its source files, where they are known and need not be looked at.
     """
 
     def __init__(
@@ -46,13 +52,14 @@ class Stages:
         recipe: Recipe,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
         check_sources: bool = True,
+        known_sources: Mapping[str, dict[str, str]] | None = None,
     ) -> None:
         self.folder = run
         self.recipe = recipe
         self.say = say
         self.check_sources = check_sources
         self._launch: LaunchOptions | None = None
-        self._known_sources: dict[str, dict[str, str]] = {}
+        self._known_sources = dict(known_sources or {})
 
     # What every unit is made from.
 
@@ -71,11 +78,8 @@ class Stages:
         return self.units(unit)[unit]
 
     def members(self) -> dict[str, Member]:
-        """Seed, dense and experts; the names of the experts are the clusters'."""
-        return plan_members(self.recipe, self._cluster_names())
-
-    def _cluster_names(self) -> list[str]:
-        return list(read_json(self.folder.folder("clusters") / "report.json", names=list)["names"])
+        """Seed, dense and the experts of all rounds; the names of the last round's are the clusters'."""
+        return members_of_run(self.folder, self.recipe)
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {"version": _STAGE_VERSION, **settings}
@@ -109,8 +113,7 @@ class Stages:
         loaded = self.recipe.tokenizer.load
         if loaded is None:
             return MadeFrom(settings, self._fingerprints("corpus"))
-        patterns = ("tokenizer.json", "tokenizer_config.json", "*.model")
-        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: _folder_sources(Path(loaded), patterns)))
+        return MadeFrom(settings, sources=self._sources("tokenizer", lambda: tokenizer_sources(Path(loaded))))
 
     def _tokens_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("corpus", "tokenizer"))
@@ -121,7 +124,14 @@ class Stages:
         used = ("partitioner", "k", kind, *(["seed"] if kind in ("tfidf", "random") else []))
         settings: dict[str, Any] = {"clusters": {key: value for key, value in result_settings(clusters).items() if key in used}}
         sources: dict[str, str] = {}
-        if kind == "typology" and clusters.typology.distances:
+        by_typology = kind == "typology"
+        if len(self.recipe.rounds) > 1:
+            settings["rounds"] = [item.k for item in self.recipe.rounds]
+            if kind in ("language", "mapping"):
+                # the tree above such clusters is made by the distances of their languages
+                settings["clusters"]["typology"] = result_settings(clusters.typology)
+                by_typology = True
+        if by_typology and clusters.typology.distances:
             table = Path(clusters.typology.distances)
             sources = self._sources("clusters", lambda: {table.name: hash_file(table)} if table.is_file() else {})
         if kind == "tfidf" and clusters.tfidf.assign == "balanced":
@@ -136,7 +146,7 @@ class Stages:
         settings = self._settings(member_settings(self.recipe, member))
         if member.kind == "seed" and self.recipe.seed.load:
             loaded = Path(self.recipe.seed.load)
-            sources = self._sources("experts/seed", lambda: _folder_sources(loaded, ("config.json", "*.safetensors", "*.bin")))
+            sources = self._sources("experts/seed", lambda: model_sources(loaded))
             return MadeFrom(settings, self._fingerprints("tokenizer"), sources)
         languages = self._languages_of(member)
         if languages is None:
@@ -166,13 +176,34 @@ class Stages:
     def _ensemble_made_from(self) -> MadeFrom:
         settings = {"ensemble": result_settings(self.recipe.ensemble), "tfidf": result_settings(self.recipe.clusters.tfidf)}
         fallback = self.recipe.ensemble.fallback
-        experts = [f"experts/{name}" for name, member in self.members().items() if member.kind == "expert" or name == fallback]
-        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed}), self._fingerprints("clusters", "index", *experts))
+        growth = read_growth(self.folder.path)
+        members = self.members()
+        kept = growth.kept(name for name, member in members.items() if member.is_leaf)
+        experts = [f"experts/{name}" for name in members if name in kept or name == fallback]
+        inputs = self._fingerprints("clusters", "index", *experts) | self._of_grown(item.name for item in growth.experts)
+        return MadeFrom(self._settings(settings | {"seed": self.recipe.clusters.seed} | growth.settings()), inputs)
 
     def _evaluation_made_from(self) -> MadeFrom:
-        settings = {"evaluation": result_settings(self.recipe.evaluation), "sequence_length": self.recipe.train.sequence_length}
-        members = [f"experts/{name}" for name in self.members()]
-        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members))
+        evaluation = result_settings(self.recipe.evaluation)
+        # What is not asked for is left out: runs made before it could be asked for stay fresh.
+        evaluation = {name: value for name, value in evaluation.items() if value or name not in ("top_m", "texts")}
+        settings = {"evaluation": evaluation, "sequence_length": self.recipe.train.sequence_length}
+        # Experts of rounds before the last are not evaluated; what branched from them depends on them.
+        members = [f"experts/{name}" for name, member in self.members().items() if member.kind != "expert" or member.is_leaf]
+        sources: dict[str, str] = {}
+        if self.recipe.evaluation.texts:
+            from megaxelm.evaluate.texts import text_sources
+
+            marker = self.folder.marker("evaluation")
+            told = marker is not None and marker["settings"].get("evaluation", {}).get("texts") == evaluation["texts"]
+            # Texts that the last evaluation did not read must be at hand, whatever the verb.
+            look = partial(text_sources, self.recipe.evaluation.texts)
+            sources = self._sources("evaluation", look) if told else look()
+        comparisons = self._of_grown(item.name for item in read_growth(self.folder.path).comparisons)
+        return MadeFrom(self._settings(settings), self._fingerprints("corpus", "ensemble", *members) | comparisons, sources)
+
+    def _of_grown(self, names: Iterable[str]) -> dict[str, str]:
+        return {f"grown/{name}": grown_fingerprint(self.folder.path, name) for name in names}
 
     def _report_made_from(self) -> MadeFrom:
         return MadeFrom(self._settings({}), self._fingerprints("evaluation"))
@@ -223,12 +254,11 @@ class Stages:
             return self._run_stage(stage, False, None)
 
     def _run_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
-        units = self.units(stage)
         if stage in ("seed", "experts"):
             if stage == "seed":
                 self.say(account_text(self.members()))
-            return self._train_stage(stage, units, forced, expert)
-        made_from = units[stage]
+            return self._train_stage(stage, forced, expert)
+        made_from = self.units(stage)[stage]
         reason = self.folder.status(stage, made_from) or ("asked for" if forced else None)
         if reason is None:
             self.say(f"{stage:<11} fresh")
@@ -240,14 +270,30 @@ class Stages:
         self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
         return True
 
-    def _train_stage(self, stage: str, units: dict[str, MadeFrom], forced: bool, expert: str | None) -> bool:
+    def _train_stage(self, stage: str, forced: bool, expert: str | None) -> bool:
+        """Train what is missing or stale of the seed, or of the experts round by round: a child branches from weights that are there."""
         from megaxelm.train.launch import train_members
 
+        trained = False
+        for names in [["seed"]] if stage == "seed" else training_rounds(self.members(), expert):
+            waiting = self._open_experts(stage, names, forced)
+            if waiting:
+                began = time.monotonic()
+                try:
+                    train_members(self.folder, self.recipe, waiting, self._launch)
+                finally:
+                    self.write_lineage()
+                self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
+                trained = True
+        self.write_lineage()
+        return trained
+
+    def _open_experts(self, stage: str, names: Sequence[str], forced: bool) -> list[Member]:
+        """Of these models the ones that have to be trained, their folders ready; what their parents are is on disk by now."""
+        members = self.members()
         waiting = []
-        for unit, made_from in units.items():
-            name = unit.removeprefix("experts/")
-            if expert is not None and stage == "experts" and name != expert:
-                continue
+        for name in names:
+            unit, made_from = f"experts/{name}", self._expert_made_from(members[name])
             reason = self.folder.status(unit, made_from) or ("asked for" if forced else None)
             if reason is None:
                 self.say(f"{stage:<11} {name}: fresh")
@@ -256,13 +302,24 @@ class Stages:
                 moved = self.folder.set_expert_aside(name) if forced else None
                 moved = self.folder.open_expert(name, made_from) or moved
             self.say(f"{stage:<11} {name}: making ({reason})" + (f"; the earlier one is kept in {moved}" if moved else ""))
-            waiting.append(self.members()[name])
-        if waiting:
-            began = time.monotonic()
-            train_members(self.folder, self.recipe, waiting, self._launch)
-            self.say(f"{stage:<11} done in {time.monotonic() - began:.1f} s")
-        self.write_lineage()
-        return bool(waiting)
+            waiting.append(members[name])
+        return waiting
+
+    def require(self, last: str) -> None:
+        """Look whether a stage and all before it are made and fresh.
+
+        Raises:
+            StageError: naming the first one that is not, and why.
+        """
+        self._require_fresh(STAGES[: STAGES.index(last) + 1])
+
+    def is_fresh(self, last: str) -> bool:
+        """Whether a stage and all before it are made and fresh."""
+        try:
+            self.require(last)
+        except StageError:
+            return False
+        return True
 
     def _require_fresh(self, stages: tuple[str, ...]) -> None:
         for stage in stages:
@@ -288,26 +345,14 @@ class Stages:
                 )
         return member, self._expert_made_from(member)
 
+    def lineage(self) -> dict[str, Entry]:
+        """Every trained model by its name, parents before children: see `megaxelm.lineage`."""
+        return lineage_entries(self.folder, self.members(), self._languages_of)
+
     def write_lineage(self) -> None:
         """lineage.json and account.json: who came from whom, on what, with which weights. Written where they would change."""
-        members = self.members()
-        experts: dict[str, Any] = {}
-        for name, member in members.items():
-            marker = self.folder.marker(f"experts/{name}")
-            if marker is None:
-                continue
-            experts[name] = {
-                "parent": member.parent,
-                "kind": member.kind,
-                "languages": self._languages_of(member) or "by document",
-                "tokens": member.tokens,
-                "steps": member.steps,
-                "weights": marker["weights"],
-            }
-        for file, value in (("lineage.json", {"experts": experts}), ("account.json", account(members))):
-            path = self.folder.path / file
-            if not path.exists() or path.read_text(encoding="utf-8") != json_text(value):
-                write_json(path, value)
+        write_lineage(self.folder, self.lineage())
+        write_if_changed(self.folder.path / "account.json", account(self.members()))
 
     def _make_corpus(self, out: Path) -> None:
         from megaxelm.corpus.prepare import load_manifest, prepare_corpus
@@ -384,11 +429,3 @@ def _corpus_summary(manifest: dict[str, Any]) -> list[str]:
         first = broken["examples"][0]
         lines.append(f"{broken['count']:,} broken documents were left out, the first: {first} (all examples: corpus/manifest.json)")
     return lines
-
-
-def _folder_sources(path: Path, patterns: tuple[str, ...]) -> dict[str, str]:
-    """Hashes of the files of a local folder; nothing for a name on the hub, whose name is in the settings."""
-    if not path.is_dir():
-        return {}
-    found = sorted({file for pattern in patterns for file in path.glob(pattern)})
-    return {file.name: hash_file(file) for file in found}

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaxelm.errors import MegaxelmError
+from megaxelm.errors import MegaxelmError, StageError
+from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import STAGES, Stages
-from megaxelm.submit import submitted_jobs
+from megaxelm.submit import array_of, submitted_jobs, tasks_of
 from megaxelm.train.attempts import last_ending
 from megaxelm.train.members import Member
 
@@ -60,8 +61,11 @@ def run_status(run: RunFolder) -> tuple[list[str], list[MemberStatus]]:
     if not (run.folder("clusters") / "report.json").exists():
         lines += [f"Slurm, {name}: {queue[note['job']]}" for name, note in jobs.items() if note["job"] in queue]
         return [*lines, "the models are known when the clusters are made"], []
-    members = stages.members()
-    in_slurm = _jobs_of_members(jobs, list(members))
+    try:
+        members = stages.members()
+    except StageError as error:
+        return [*lines, str(error)], []
+    in_slurm = _jobs_of_members(jobs, members, recipe)
     statuses = [_member_status(stages, member, queue.get(in_slurm.get(member.name, ""), "")) for member in members.values()]
     others = [
         f"Slurm, {name}: {queue[jobs[name]['job']]}" for name in ("prepare", "evaluate") if name in jobs and jobs[name]["job"] in queue
@@ -152,12 +156,13 @@ def _checkpoint(folder: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _jobs_of_members(jobs: dict[str, dict[str, Any]], members: list[str]) -> dict[str, str]:
+def _jobs_of_members(jobs: dict[str, dict[str, Any]], members: dict[str, Member], recipe: Recipe) -> dict[str, str]:
     """The job, or task of an array, that trains each member."""
     found = {"seed": jobs["seed"]["job"]} if "seed" in jobs else {}
-    if "experts" in jobs:
-        branches = [name for name in members if name != "seed"]
-        found |= {name: f"{jobs['experts']['job']}_{number}" for number, name in enumerate(branches)}
+    for task, member in tasks_of(members).items():
+        array = array_of(recipe, member)
+        if array in jobs:
+            found[member.name] = f"{jobs[array]['job']}_{task}"
     return found
 
 

@@ -2,6 +2,11 @@
 
     prepare -> seed -> experts (an array, one member a task) -> evaluate
 
+and with rounds an array for each, since its experts branch from those of the round before; the dense model trains beside them:
+
+    prepare -> seed -> round1 -> round2 ... -> evaluate
+                    -> dense               -> evaluate
+
 Each job waits until the ones before it have ended well (`afterok`): evaluation compares all members, so without one of them it would
 only fail. A job that can never start any more is cancelled by Slurm (`--kill-on-invalid-dep=yes`). The job numbers are kept in
 `slurm.json` of the run, for `megaxelm status`.
@@ -26,7 +31,7 @@ from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 from megaxelm.stages import STAGES, Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
-from megaxelm.train.members import Member, plan_members
+from megaxelm.train.members import Member, expected_members
 
 JOBS = "slurm.json"
 
@@ -48,16 +53,22 @@ class SubmitOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One sbatch command. `members`: what the tasks of an array train, by task number; empty for names that are not known yet."""
+    """One sbatch command. `members`: what the tasks of an array train, by task number; empty for names that are not known yet. `after`:
+    names of the jobs that it waits for."""
 
     name: str
     arguments: list[str]
     script: Path
     script_arguments: list[str]
     members: dict[str, str] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+
+    @property
+    def is_array(self) -> bool:
+        return any(argument.startswith("--array=") for argument in self.arguments)
 
     def command(self, after: str | None) -> list[str]:
-        """The command, with the number of the job that it waits for."""
+        """The command, with the number of the job that it waits for, or several joined by colons."""
         wait = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
         return ["sbatch", "--parsable", *wait, *self.arguments, str(self.script), *self.script_arguments]
 
@@ -86,25 +97,40 @@ def plan_jobs(run: RunFolder, recipe: Recipe, options: SubmitOptions) -> list[Jo
         runs = str(run.path.resolve().parent)
         jobs.append(Job("prepare", common, find_script("prepare"), [str(run.path.resolve() / "recipe.yaml"), "--runs", runs]))
     if prepare or _is_stale(stages, "seed"):
-        jobs.append(Job("seed", training, find_script("seed"), [folder, *trainer], {"": "seed"}))
-    branches = [name for name, member in members.items() if member.kind != "seed"]
+        jobs.append(Job("seed", training, find_script("seed"), [folder, *trainer], {"": "seed"}, after=("prepare",) if prepare else ()))
     units = {} if prepare else stages.units("experts")
-    wanted = {
-        str(number): name
-        for number, name in enumerate(branches)
-        if jobs or run.status(f"experts/{name}", units[f"experts/{name}"]) is not None
-    }
-    if wanted:
-        array = f"--array={_ranges([int(number) for number in wanted])}"
-        named = wanted if not prepare else {number: name for number, name in wanted.items() if name == "dense"}
-        jobs.append(Job("experts", [*training, array], find_script("experts"), [folder, *trainer], named))
+    arrays: dict[str, dict[str, str]] = {}
+    for task, member in tasks_of(members).items():
+        if jobs or run.status(f"experts/{member.name}", units[f"experts/{member.name}"]) is not None:
+            arrays.setdefault(array_of(recipe, member), {})[task] = member.name
+    before = tuple(job.name for job in jobs[-1:])
+    last = {"dense": before, "experts": before}
+    for name, wanted in arrays.items():
+        named = wanted if not prepare else {task: member for task, member in wanted.items() if member == "dense"}
+        array = f"--array={_ranges([int(task) for task in wanted])}"
+        line = "dense" if name == "dense" else "experts"
+        jobs.append(Job(name, [*training, array], find_script("experts"), [folder, *trainer], named, after=last[line]))
+        last[line] = (name,)
     if jobs or any(_is_stale(stages, stage) for stage in ("ensemble", "evaluation", "report")):
-        jobs.append(Job("evaluate", [*common, *(["--gpus-per-node=1"] if gpus else [])], find_script("evaluate"), [folder]))
+        after = tuple(name for name in dict.fromkeys(last["experts"] + last["dense"]) if name not in before)
+        jobs.append(Job("evaluate", [*common, *(["--gpus-per-node=1"] if gpus else [])], find_script("evaluate"), [folder], after=after))
     return jobs
 
 
+def tasks_of(members: dict[str, Member]) -> dict[str, Member]:
+    """What each task of an array trains: the members but the seed, in order, by their number."""
+    return {str(number): member for number, member in enumerate(member for member in members.values() if member.kind != "seed")}
+
+
+def array_of(recipe: Recipe, member: Member) -> str:
+    """Name of the array of jobs that trains a member: one for all, or with rounds one for each and one for the dense model."""
+    if len(recipe.rounds) <= 1:
+        return "experts"
+    return "dense" if member.kind == "dense" else f"round{member.round}"
+
+
 def submit_jobs(run: RunFolder, recipe: Recipe, jobs: Sequence[Job]) -> dict[str, str]:
-    """Hand the jobs to Slurm, each after the one before it, and note their numbers with the run. Returns number by name.
+    """Hand the jobs to Slurm, each after those that it waits for, and note their numbers with the run. Returns number by name.
 
     Raises:
         TrainError: sbatch is missing or refuses, or jobs of this run are still in the queue.
@@ -120,8 +146,8 @@ def submit_jobs(run: RunFolder, recipe: Recipe, jobs: Sequence[Job]) -> dict[str
     notes: dict[str, Any] = {}
     env = dict(os.environ) | {"MEGAXELM_PYTHON": sys.executable}
     for job in jobs:
-        log = logs / ("experts-%A_%a.log" if job.name == "experts" else f"{job.name}-%j.log")
-        command = job.command(next(reversed(numbers.values()), None))
+        log = logs / f"{job.name}-{'%A_%a' if job.is_array else '%j'}.log"
+        command = job.command(":".join(numbers[name] for name in job.after))
         command.insert(1, f"--output={log}")
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
@@ -172,7 +198,7 @@ def _members(stages: Stages, recipe: Recipe, known: bool) -> dict[str, Member]:
             "the number of experts is not known before the corpus has been read: name corpus.languages, or run `megaxelm prepare RECIPE` "
             "first and submit then"
         )
-    return plan_members(recipe, [f"expert {number}" for number in range(k)])
+    return expected_members(recipe, [f"expert {number}" for number in range(k)])
 
 
 def _common(options: SubmitOptions) -> list[str]:
@@ -189,9 +215,7 @@ def _ranges(numbers: list[int]) -> str:
 def plan_text(run: RunFolder, jobs: Sequence[Job]) -> str:
     """The jobs as commands, one a line, with names where numbers will be."""
     lines = [f"{run.path}: {len(jobs)} job{'s' * (len(jobs) != 1)}"]
-    before = None
     for job in jobs:
-        words = shlex.join(job.command(before and f"<{before}>"))
+        words = shlex.join(job.command(":".join(f"<{name}>" for name in job.after)))
         lines.append(f"  {job.name:<9} " + re.sub(r"'([^']*<\w+>)'", r"\1", words))
-        before = job.name
     return "\n".join(lines)

@@ -13,14 +13,15 @@ from typing import Annotated
 import typer
 
 from megaxelm import __version__
-from megaxelm.cli import cluster, generate, index, models, plan, recipe, run, score, serve
+from megaxelm.cli import cluster, forgetting, generate, grow, index, lineage, merge, models, plan, recipe, router, run, score, serve
 from megaxelm.console import end_on_signals, run_guarded
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train, mix and grow X-ELM language models."
 )
 _VERBS: list[Callable[..., None]] = [
-    *(run.run, run.prepare, run.train, run.submit, run.status, run.evaluate, run.report),
+    *(run.run, run.prepare, run.train, run.submit, run.status, lineage.lineage, run.evaluate, run.report),
+    *(grow.grow, grow.drop, merge.merge, merge.ladder, forgetting.forgetting),
     *(models.export, generate.generate, score.score, serve.serve, plan.plan),
 ]
 for verb in _VERBS:
@@ -28,6 +29,7 @@ for verb in _VERBS:
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(index.app, name="index")
+app.add_typer(router.app, name="router")
 app.add_typer(plan.bench_app, name="bench")
 
 

@@ -11,12 +11,16 @@ from megaxelm.cli.options import RUNS, RunsOption, open_run
 from megaxelm.errors import StageError
 from megaxelm.run import RunFolder
 
+_WHAT = {"hf": "a Hugging Face checkpoint", "adapter": "an adapter for peft"}
+
 
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run directory, its recipe, or a folder checkpoints/<step>.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     expert: Annotated[str | None, typer.Option(help="Of a run: seed, dense, or a cluster's name.")] = None,
-    to: Annotated[str, typer.Option(help="Format: hf, a Hugging Face folder.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="Format: hf, a Hugging Face folder (low-rank deltas merged); adapter, the deltas for peft.")
+    ] = "hf",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     runs: RunsOption = RUNS,
 ) -> None:
@@ -25,19 +29,31 @@ def export(
     from megaxelm.model.export import export_checkpoint
     from megaxelm.train.export import export_checkpoint_folder, is_checkpoint_path, sample_texts
 
-    if to != "hf":
-        raise StageError(f"--to {to}: hf is the only format there is")
+    if to not in _WHAT:
+        raise StageError(f"--to {to}: choose {' or '.join(_WHAT)}")
     if is_checkpoint_path(source):
         if expert is not None:
             raise StageError(f"--expert {expert}: {source} is a checkpoint of one model already; leave --expert out")
-        tag = export_checkpoint_folder(source, output, dtype)
-        print(f"{output}: a Hugging Face checkpoint of {tag} in {dtype}; reloaded, and its logits agree")
+        tag = export_checkpoint_folder(source, output, dtype, to)
+        print(f"{output}: {_WHAT[to]} of {tag} in {dtype}; reloaded, and its logits agree")
+        _tell_base(output, to)
         return
     if expert is None:
         raise StageError(f"--expert is missing: which model of {source}? Name one, or give a folder experts/<name>/checkpoints/<step>")
     folder, _ = open_run(source, None, runs)
-    export_checkpoint(_trained(folder, expert), output, dtype, sample_texts(folder, Tokenizer.load(folder.folder("tokenizer"))))
-    print(f"{output}: a Hugging Face checkpoint of `{expert}` in {dtype}; reloaded, and its logits agree")
+    texts = sample_texts(folder, Tokenizer.load(folder.folder("tokenizer")))
+    export_checkpoint(_trained(folder, expert), output, dtype, texts, to)
+    print(f"{output}: {_WHAT[to]} of `{expert}` in {dtype}; reloaded, and its logits agree")
+    _tell_base(output, to)
+
+
+def _tell_base(output: Path, to: str) -> None:
+    if to == "adapter":
+        from megaxelm.model.adapter_files import base_folder
+
+        print(
+            f"{output}: its base is {base_folder(output)}; keep the way from one folder to the other, or write the new one into the adapter"
+        )
 
 
 def _trained(folder: RunFolder, name: str) -> Path:

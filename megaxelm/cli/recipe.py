@@ -20,7 +20,7 @@ def recipe_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 def recipe_check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Check a recipe without running it, and print what it would train."""
     from megaxelm.train.ds_config import check_ds_config, find_ds_config
-    from megaxelm.train.members import account_text, plan_members
+    from megaxelm.train.members import account_text, expected_members
 
     loaded = load_recipe(recipe, overrides or ())
     check_ds_config(find_ds_config(loaded.train.deepspeed_config), loaded.train)
@@ -29,7 +29,7 @@ def recipe_check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     if k is None:
         print("one expert a language; how many there are is known when the corpus has been read")
     else:
-        print(account_text(plan_members(loaded, [f"cluster-{number}" for number in range(k)])))
+        print(account_text(expected_members(loaded, [f"cluster-{number}" for number in range(k)])))
 
 
 @app.command("docs")

@@ -134,6 +134,9 @@ def evaluate(
     combine: Annotated[str | None, typer.Option(help="mixture or logit_mean. Default: the ensemble's.")] = None,
     language: Annotated[str | None, typer.Option(help="Language of all texts, for the language router.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts at one time. Default: 64.")] = None,
+    rung: Annotated[
+        str | None, typer.Option(help="Of the merge ladder, by comma: mixture, seed, dense, a merged model, or all. Default: the mixture.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File for the results (JSON).")] = None,
     overrides: SetOption = None,
     runs: RunsOption = RUNS,
@@ -149,9 +152,9 @@ def evaluate(
     }
     given |= {"language": language, "batch_size": batch_size, "include_path": include_path}
     if tasks is not None:
-        _evaluate_tasks(run, runs, tasks, output, given)
+        _evaluate_tasks(run, runs, tasks, output, given, rung)
         return
-    wrong = [name for name, value in (given | {"output": output}).items() if value is not None]
+    wrong = [name for name, value in (given | {"output": output, "rung": rung}).items() if value is not None]
     if wrong:
         raise StageError(f"--{wrong[0].replace('_', '-')}: belongs to --tasks, which is missing")
     from megaxelm.stages import Stages
@@ -163,8 +166,9 @@ def evaluate(
     _print_table(folder)
 
 
-def _evaluate_tasks(run: Path, runs: Path, tasks: str, output: Path | None, options: dict[str, Any]) -> None:
-    from megaxelm.evaluate.harness import results_json, results_text, run_tasks  # says first what is not installed
+def _evaluate_tasks(run: Path, runs: Path, tasks: str, output: Path | None, options: dict[str, Any], rung: str | None) -> None:
+    # It says first what is not installed.
+    from megaxelm.evaluate.harness import results_json, results_text, run_rungs, run_tasks, rungs_table
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -172,6 +176,19 @@ def _evaluate_tasks(run: Path, runs: Path, tasks: str, output: Path | None, opti
     from megaxelm.ensemble.folder import load_ensemble
     from megaxelm.ensemble.text_scores import default_device
 
+    if rung is not None:
+        from megaxelm.evaluate.rungs import choose_rungs
+
+        if options["expert"] is not None:
+            raise StageError(f"--expert {options['expert']} and --rung {rung}: give one of them")
+        place = run if run.is_dir() else open_run(run, None, runs)[0].path
+        chosen = choose_rungs(place, rung)
+        by_rung = run_rungs(place, chosen, names, default_device(), **options)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(results_json(by_rung), encoding="utf-8")
+        print(rungs_table(by_rung))
+        return
     folder = run if (run / "config.json").exists() else run / "ensemble" if run.is_dir() else open_run(run, None, runs)[0].path / "ensemble"
     results = run_tasks(load_ensemble(folder, device=default_device()), names, **options)
     if output is not None:

@@ -46,20 +46,26 @@ class Balance:
     """Most tokens that two clusters may have together to be merged, as long as any two stay within it."""
 
 
-def pair_languages(languages: Sequence[str], distances: NDArray[np.float64], k: int) -> tuple[list[list[str]], list[Merge]]:
+def pair_languages(
+    languages: Sequence[str], distances: NDArray[np.float64], k: int, start: Sequence[Sequence[int]] | None = None
+) -> tuple[list[list[str]], list[Merge]]:
     """The published rounds: sort all pairs of clusters by their smallest member distance, merge the closest two, set them aside, and
     so on until all are paired; then the next round, until k clusters are left.
+
+    Args:
+        start: clusters to go on from, as rows of `distances`; None: each language alone.
 
     Raises:
         ClusterError: if no number of rounds leads from the number of languages to k.
     """
-    if k not in halvings(len(languages)):
-        reached = ", ".join(str(count) for count in halvings(len(languages)))
+    clusters = [[index] for index in range(len(languages))] if start is None else [list(cluster) for cluster in start]
+    if k not in halvings(len(clusters)):
+        reached = ", ".join(str(count) for count in halvings(len(clusters)))
+        what = "languages" if start is None else "clusters"
         raise ClusterError(
-            f"clusters.k = {k}: rounds of pairing lead from {len(languages)} languages to k = {reached} only; choose one of these, or "
+            f"clusters.k = {k}: rounds of pairing lead from {len(clusters)} {what} to k = {reached} only; choose one of these, or "
             "clusters.typology.method: agglomerative, which gives any k"
         )
-    clusters = [[index] for index in range(len(languages))]
     merges: list[Merge] = []
     rounds = 0
     while len(clusters) > k:
@@ -80,22 +86,31 @@ def pair_languages(languages: Sequence[str], distances: NDArray[np.float64], k: 
 
 
 def agglomerate_languages(
-    languages: Sequence[str], distances: NDArray[np.float64], k: int, linkage: Linkage = "average", balance: Balance | None = None
+    languages: Sequence[str],
+    distances: NDArray[np.float64],
+    k: int,
+    linkage: Linkage = "average",
+    balance: Balance | None = None,
+    start: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[str]], list[Merge]]:
     """Merge the two nearest clusters until exactly k are left; the first two in the order of `languages` among equally near ones.
 
     With `balance` the nearest two are taken among those that stay within the bound together. Where no two do, the two that are smallest
     together are merged, so that the bound is exceeded by as little as this step allows.
 
+    Args:
+        start: clusters to go on from, as rows of `distances`; None: each language alone.
+
     Raises:
         ClusterError: if k is not in 1..number of languages.
     """
-    count = len(languages)
+    clusters = [[index] for index in range(len(languages))] if start is None else [list(cluster) for cluster in start]
+    count = len(clusters)
     if not 1 <= k <= count:
-        raise ClusterError(f"clusters.k = {k}: there are {count} languages; choose 1 to {count}")
-    clusters = [[index] for index in range(count)]
-    between = np.array(distances, dtype=np.float64)
-    tokens = np.array(balance.tokens if balance else np.zeros(count), dtype=np.float64)
+        raise ClusterError(f"clusters.k = {k}: there are {count} {'languages' if start is None else 'clusters'}; choose 1 to {count}")
+    between = np.array(distances, dtype=np.float64) if start is None else _between(clusters, distances, linkage)
+    of_language = np.array(balance.tokens if balance else np.zeros(len(languages)), dtype=np.float64)
+    tokens = np.array([of_language[cluster].sum() for cluster in clusters])
     merges: list[Merge] = []
     while len(clusters) > k:
         upper = np.triu(np.ones_like(between, dtype=bool), 1)
@@ -109,6 +124,15 @@ def agglomerate_languages(
         tokens = np.delete(tokens, b)
         clusters[a] = clusters[a] + clusters.pop(b)
     return [[languages[index] for index in cluster] for cluster in clusters], merges
+
+
+def _between(clusters: Sequence[Sequence[int]], distances: NDArray[np.float64], linkage: Linkage) -> NDArray[np.float64]:
+    """Distances of clusters [clusters, clusters] from those of their languages."""
+    table = np.zeros((len(clusters), len(clusters)))
+    for a, b in itertools.combinations(range(len(clusters)), 2):
+        pairs = distances[np.ix_(clusters[a], clusters[b])]
+        table[a, b] = table[b, a] = {"single": pairs.min(), "average": pairs.mean(), "complete": pairs.max()}[linkage]
+    return table
 
 
 def _joined(between: NDArray[np.float64], a: int, b: int, sizes: tuple[int, int], linkage: Linkage) -> NDArray[np.float64]:

@@ -2,7 +2,8 @@
 
 partitioner.json (+ .safetensors)    what `load_partitioner` reads
 assignment/<shard>.npy               the cluster of every document of every token shard
-report.json                          clusters with their languages, merges, distances and linkage of the languages, diagnostics
+report.json                          clusters with their languages, merges, distances and linkage of the languages, diagnostics; with
+                                     rounds the tree that they go down
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from megaxelm.cluster.assign import AssignStep, Counts
 from megaxelm.cluster.diagnostics import diagnose
+from megaxelm.cluster.levels import Tree, build_tree
 from megaxelm.cluster.linkage import linkage_tree
 from megaxelm.cluster.make import make_partitioner
 from megaxelm.cluster.partitioner import ARRAYS_FILE, SETTINGS_FILE, Partitioner
@@ -49,7 +51,11 @@ def build_clusters(recipe: Recipe, corpus_folder: Path, tokens_folder: Path, tok
     languages = sorted(load_manifest(corpus_folder)["languages"])
     tokenizer = Tokenizer.load(tokenizer_folder)
     partitioner = make_partitioner(recipe.clusters, tokenizer)
-    partitioner.fit(_sample(corpus_folder, languages), {code: counts["tokens"] for code, counts in tokens["languages"].items()})
+    of_language = {code: counts["tokens"] for code, counts in tokens["languages"].items()}
+    partitioner.fit(_sample(corpus_folder, languages), of_language)
+    tree = None
+    if len(recipe.rounds) > 1:
+        tree = build_tree(partitioner, [item.k for item in recipe.rounds], recipe.clusters.typology, of_language)
     partitioner.save(out)
     fitted = hash_value([hash_file(out / name) for name in (SETTINGS_FILE, ARRAYS_FILE) if (out / name).exists()])
     step = AssignStep(
@@ -67,7 +73,7 @@ def build_clusters(recipe: Recipe, corpus_folder: Path, tokens_folder: Path, tok
     counts = step.counts(partitioner.names)
     os.rename(step.store, out / "assignment")
     remove(step.store.parent)
-    report = _report(partitioner, recipe.clusters, languages, counts)
+    report = _report(partitioner, recipe.clusters, languages, counts, tree)
     report |= _diagnostics(recipe, partitioner, corpus_folder, languages, tokenizer, counts)
     write_json(out / REPORT_FILE, report)
 
@@ -121,7 +127,9 @@ def _diagnostics(
     )
 
 
-def _report(partitioner: Partitioner, config: ClustersConfig, languages: Sequence[str], counts: Counts) -> dict[str, Any]:
+def _report(
+    partitioner: Partitioner, config: ClustersConfig, languages: Sequence[str], counts: Counts, tree: Tree | None
+) -> dict[str, Any]:
     described = partitioner.describe()
     merges = described.pop("merges", [])
     groups = partitioner.languages() or {}
@@ -143,6 +151,9 @@ def _report(partitioner: Partitioner, config: ClustersConfig, languages: Sequenc
         "description": described,
     }
     notes = partitioner.notes()
+    if tree is not None:
+        report["rounds"] = tree.to_json()
+        notes += tree.notes
     try:
         distances = language_distances(languages, config.typology)
     except ClusterError as error:
@@ -180,5 +191,8 @@ def show_report(report: dict[str, Any]) -> None:
         size, tokens = (sum(count[unit] for count in counts.values()) for unit in ("bytes", "tokens"))
         table.add_row(cluster["name"], shares + more, f"{total:,}", f"{size / 1e6:.2f}", f"{tokens:,}")
     console.print(table)
+    for number, level in enumerate(report.get("rounds", {}).get("levels", []), 1):
+        experts = "; ".join(f"{name.removeprefix(f'round{number}-')} ({len(clusters)} clusters)" for name, clusters in level.items())
+        console.print(f"round {number}, {len(level)} experts: {experts}", markup=False, highlight=False, soft_wrap=True)
     for note in report["notes"]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -98,7 +98,10 @@ class Engine:
         self.stack = ensemble.stack(self._experts, None if resident is None else min(resident, len(self._experts)), kernels)
         self.cache = self.stack.new_cache(max_tokens)
         on_cuda = self.stack.device.type == "cuda"
-        graphs = on_cuda and self.stack.kernels == "triton" if graphs is None else graphs
+        routed = self.stack.config.num_experts > 0  # which experts of a layer run follows from the text, a graph has fixed launches
+        graphs = on_cuda and self.stack.kernels == "triton" and not routed if graphs is None else graphs
+        if graphs and routed:
+            raise RoutingError("graphs = True: a model with experts in its layers cannot run as a graph; leave graphs out")
         if graphs and self.stack.kernels != "triton":
             raise RoutingError(f"graphs = True: a step by {self.stack.kernels} cannot be one; choose kernels = triton, or leave graphs out")
         self._graphs = GraphedSteps(self.stack, self.cache, self.settings, capture=on_cuda) if graphs else None

@@ -6,6 +6,7 @@ ensemble/
   tokenizer/         Hugging Face tokenizer files; again beside config.json, where transformers looks for them
   router/            router.json, and for `tfidf` centres.safetensors and the vector space
   experts/<name>/    Hugging Face checkpoint folder; hard links to the exports where the disk allows, else copies
+  base/              what experts that are low-rank deltas (adapters in peft's format) share, where no expert is that model itself
 ```
 """
 
@@ -23,7 +24,7 @@ import torch
 
 from megaxelm.ensemble.routers import ROUTER_NAMES, Router, RouterData, make_router
 from megaxelm.errors import MegaxelmError, RoutingError
-from megaxelm.files import read_json, write_json
+from megaxelm.files import is_model_folder, read_json, write_json
 from megaxelm_kernels.mixture import COMBINE, TEMPERATURE_ON
 
 if TYPE_CHECKING:
@@ -179,14 +180,15 @@ def save_ensemble(
         raise RoutingError(f"ensemble: the fallback {data.fallback} must be the last expert, behind at least one trained one")
     settings.check(len(data.trained), "ensemble")
     out.mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name, folder in experts.items():
-        if not (folder / "config.json").is_file():
+        if not is_model_folder(folder):
             raise RoutingError(f"expert {name}: no export in {folder} (config.json is missing); train or export it first")
         target = out / "experts" / name
         _link_folder(folder, target)
         found = dict((languages or {}).get(name, {}))
         entries.append({"name": name, "folder": f"experts/{name}", "languages": found, "fallback": name == data.fallback})
+    _link_bases(out, experts, entries)
     if not tokenizer_folder.is_dir():
         raise RoutingError(f"ensemble: no tokenizer in {tokenizer_folder}; run the tokenizer stage first")
     shutil.copytree(tokenizer_folder, out / "tokenizer", dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
@@ -216,9 +218,14 @@ def load_ensemble(folder: str | Path, dtype: torch.dtype = torch.float32, device
     try:
         for entry in config["experts"]:
             path = folder / _inside(entry["folder"], folder)
-            if not (path / "config.json").is_file():
+            if not is_model_folder(path):
                 raise RoutingError(
                     f"ensemble {folder}: the expert {entry['name']} is missing ({entry['folder']}/config.json); build it again"
+                )
+            base = entry.get("base")  # of an adapter alone
+            if base is not None and not (folder / _inside(base, folder) / "config.json").is_file():
+                raise RoutingError(
+                    f"ensemble {folder}: the base of the expert {entry['name']} is missing ({base}/config.json); build it again"
                 )
             names.append(entry["name"])
             loaders.append(_loader(path, dtype, device))
@@ -279,6 +286,26 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
         return read_json(path)
     except MegaxelmError as error:
         raise RoutingError(str(error)) from None
+
+
+def _link_bases(out: Path, experts: Mapping[str, Path], entries: list[dict[str, Any]]) -> None:
+    """Bring the bases of adapters into the folder, each once, and let the adapters and their `entries` name them there."""
+    from megaxelm.model.adapter_files import base_folder, is_adapter, rebase
+
+    places = {folder.resolve(): out / "experts" / name for name, folder in experts.items() if not is_adapter(folder)}
+    made = 0
+    for entry, (name, folder) in zip(entries, experts.items(), strict=True):
+        if not is_adapter(folder):
+            continue
+        base = base_folder(folder)
+        if isinstance(base, str):
+            raise RoutingError(f"expert {name}: its base is {base}, a name on the hub: download it, and name its folder in {folder}")
+        if base.resolve() not in places:
+            made += 1
+            places[base.resolve()] = out / ("base" if made == 1 else f"base-{made}")
+            _link_folder(base, places[base.resolve()])
+        rebase(out / "experts" / name, places[base.resolve()])
+        entry["base"] = places[base.resolve()].relative_to(out).as_posix()
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -340,7 +340,7 @@ def _dtype(given: torch.dtype | str | None, folder: Path) -> torch.dtype:
     if given == "auto":
         from megaxelm.files import read_json
 
-        experts = sorted((folder / "experts").glob("*/config.json"))
+        experts = sorted([*folder.glob("experts/*/config.json"), *folder.glob("base*/config.json")])
         stored = read_json(experts[0]) if experts else {}
         given = stored.get("dtype") or stored.get("torch_dtype") or "float32"
     found = given if isinstance(given, torch.dtype) else getattr(torch, str(given).removeprefix("torch."), None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megaxelm.ensemble.folder import EnsembleSettings, save_ensemble
 from megaxelm.ensemble.routers import FixedRouter, RouterData
 from megaxelm.errors import RoutingError
-from megaxelm.files import read_json
+from megaxelm.grow.record import Growth, export_folder, grown_folder, index_clusters, language_owners, read_growth
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
     """Write the ensemble folder of a run into `out`. A fallback expert (`ensemble.fallback`) stands behind the trained ones.
 
     The vector space of the `tfidf` router is the partitioner's own where that is TF-IDF; else one is fitted on the sample of the corpus,
-    and the centre of an expert is the normalised mean vector of its documents.
+    and the centre of an expert is the normalised mean vector of its documents. Grown experts stand behind the clusters' own, dropped ones
+    are left out; space, centres and the fallback's distances are those of the clusters whatever was grown or dropped.
 
     Raises:
         RoutingError: an export is missing, `ensemble.*` names an expert that is not there, or an expert has no document in the sample.
@@ -40,17 +41,24 @@ def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
     tokenizer_folder = run_folder / "tokenizer"
     tokenizer = Tokenizer.load(tokenizer_folder)
     partitioner = load_partitioner(run_folder / "clusters", tokenizer)
-    names = list(partitioner.names)
+    growth = read_growth(run_folder)
+    kept = growth.kept(partitioner.names)
+    names = [*kept, *(item.name for item in growth.experts)]
     wanted = recipe.ensemble
     if wanted.fixed_weights:
         FixedRouter(names, wanted.fixed_weights)  # an unknown name is an error now and not when somebody generates
-    tokens = _tokens(run_folder, names)
+    tokens = _tokens(run_folder, partitioner.names, growth)
     prior = posterior_prior(wanted.posterior_prior, tokens)
-    space, centres = _space(recipe, run_folder, partitioner, tokenizer)
+    space, of_clusters = _space(recipe, run_folder, partitioner, tokenizer)
+    centres = of_clusters[[partitioner.names.index(name) for name in kept]]
+    if growth.experts:
+        centres = torch.cat([centres, grown_centres(space, run_folder, growth, recipe.clusters.tfidf.sample_documents)])
+    groups = partitioner.languages()
+    owners = language_experts(groups and {name: groups[name] for name in kept}, {name: tokens[name] for name in kept})
     experts = [*names, wanted.fallback] if wanted.fallback else names
     data = RouterData(
         experts=experts,
-        language_expert=language_experts(partitioner.languages(), tokens),
+        language_expert=language_owners(owners, growth),
         detect_language=wanted.detect_language,
         fixed_weights=dict(wanted.fixed_weights),
         temperature=wanted.temperature,
@@ -67,10 +75,13 @@ def build_ensemble(recipe: Recipe, run_folder: Path, out: Path) -> None:
     )
     if wanted.fallback:
         documents = sample_documents(run_folder / "corpus", recipe.clusters.tfidf.sample_documents)
-        data.fallback_distance = nearest_distances(space, centres, [document.text for document in documents], wanted.fallback_quantile)
-    exports = {name: run_folder / "experts" / name / "export" for name in experts}
+        data.fallback_distance = nearest_distances(space, of_clusters, [document.text for document in documents], wanted.fallback_quantile)
+    exports = {name: export_folder(run_folder, name, growth) for name in experts}
     settings = EnsembleSettings(wanted.router, wanted.top_m, wanted.combine, wanted.temperature_on, wanted.devices)
-    save_ensemble(out, exports, tokenizer_folder, data, settings, tokens)
+    languages = {
+        name: {code: count for code, count in found.items() if code not in growth.dropped_languages} for name, found in tokens.items()
+    }
+    save_ensemble(out, exports, tokenizer_folder, data, settings, languages)
 
 
 def language_experts(groups: Mapping[str, list[str]] | None, tokens: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
@@ -114,15 +125,33 @@ def nearest_distances(space: Any, centres: Tensor, texts: Sequence[str], quantil
     return np.quantile(distance.amin(-1).numpy(), [0.5, quantile]).tolist()
 
 
-def _tokens(run_folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
-    path = run_folder / "index" / "manifest.json"
-    clusters = read_json(path, clusters=dict)["clusters"]
-    missing = [name for name in names if name not in clusters]
+def grown_centres(space: Any, run_folder: Path, growth: Growth, most: int) -> Tensor:
+    """Normalised mean vector [grown experts, dimensions] of the sample documents of the languages that each was grown for.
+
+    Raises:
+        RoutingError: the documents of one have no term that the space knows.
+    """
+    centres = []
+    for item in growth.experts:
+        texts = [document.text for document in sample_documents(grown_folder(run_folder, item.name) / "corpus", most, item.languages)]
+        centres.append(mean_centres(space.transform(texts), np.zeros(len(texts), np.int64), [item.name]))
+    return torch.cat(centres)
+
+
+def _tokens(run_folder: Path, clusters: list[str], growth: Growth) -> dict[str, dict[str, int]]:
+    """Expert -> language -> training tokens: clusters that are kept with all of theirs, grown experts with the languages they are for."""
+    found = index_clusters(run_folder)
+    missing = [name for name in clusters if name not in found]
     if missing:
         raise RoutingError(
-            f"{path}: no tokens of the clusters {', '.join(missing)}; make the index again (megaxelm run RECIPE --from index)"
+            f"{run_folder / 'index' / 'manifest.json'}: no tokens of the clusters {', '.join(missing)}; make the index again (megaxelm run "
+            "RECIPE --from index)"
         )
-    return {name: {language: int(found["tokens"]) for language, found in clusters[name].items()} for name in names}
+    text = {name: found[name] for name in growth.kept(clusters)}
+    for item in growth.experts:
+        of_child = index_clusters(grown_folder(run_folder, item.name))[item.name]
+        text[item.name] = {code: of_child[code] for code in item.languages}
+    return {name: {language: int(counts["tokens"]) for language, counts in of_one.items()} for name, of_one in text.items()}
 
 
 def _space(recipe: Recipe, run_folder: Path, partitioner: Partitioner, tokenizer: Tokenizer) -> tuple[Any, Tensor]:
@@ -157,11 +186,13 @@ def mean_centres(vectors: np.ndarray, assigned: np.ndarray, names: list[str]) ->
     return torch.from_numpy(np.stack(centres).astype(np.float32))
 
 
-def sample_documents(corpus_folder: Path, most: int) -> list[Document]:
-    """At most `most` documents of the sample, equally many of each language as far as there are."""
+def sample_documents(corpus_folder: Path, most: int, languages: Sequence[str] | None = None) -> list[Document]:
+    """At most `most` documents of the sample, of some languages or of all, equally many of each as far as there are."""
     from megaxelm.corpus.prepare import read_documents
 
     paths = sorted((corpus_folder / "sample").glob("*.jsonl"))
+    if languages is not None:
+        paths = [path for path in paths if path.stem in languages]
     if not paths:
         raise RoutingError("router tfidf: corpus/sample holds no text; make the corpus again (megaxelm run RECIPE --from corpus)")
     found: list[Document] = []

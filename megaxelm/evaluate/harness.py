@@ -23,6 +23,7 @@ from megaxelm.ensemble.generation import generate
 from megaxelm.ensemble.scoring import score_documents
 from megaxelm.ensemble.windows import Windows
 from megaxelm.errors import RoutingError, StageError
+from megaxelm.evaluate.rungs import MIXTURE, open_rung
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -239,6 +240,60 @@ def run_tasks(
     )
     assert found is not None  # one process
     return dict(found)
+
+
+def run_rungs(
+    run_folder: Path, rungs: Sequence[str], tasks: Sequence[str], device: torch.device | str = "cpu", **options: Any
+) -> dict[str, dict[str, Any]]:
+    """Results of harness tasks for several rungs of a run's ladder (`megaxelm.evaluate.rungs`), by rung.
+
+    Args:
+        options: as `run_tasks`; router, top_m and combine are those of the mixture.
+
+    Raises:
+        StageError, RoutingError: as `run_tasks`.
+    """
+    of_mixture = ("router", "top_m", "combine")
+    found = {}
+    for rung in rungs:
+        given = {key: value for key, value in options.items() if rung == MIXTURE or key not in of_mixture}
+        print(f"rung {rung}:", file=sys.stderr)
+        found[rung] = run_tasks(open_rung(run_folder, rung, device), tasks, **given)
+    return found
+
+
+def rungs_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a rung, a column a task and metric: value and standard error."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(column for found in results.values() for column in _figures(found)))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("rung", no_wrap=True)
+    for task, metric in columns:
+        table.add_column(f"{task} {metric}", justify="right")
+    for rung, found in results.items():
+        figures = _figures(found)
+        table.add_row(rung, *(figures.get(column, "-") for column in columns))
+    console = Console(width=max(120, 12 + 22 * len(columns)), highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _figures(results: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Task and metric -> value and standard error, as they are shown."""
+    found = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            shown = f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+            found[task, metric if kind == "none" else f"{metric} ({kind})"] = shown
+    return found
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:

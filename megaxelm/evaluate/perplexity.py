@@ -1,4 +1,4 @@
-"""Held-out text and what a model makes of it: bits per byte and perplexity.
+"""Held-out text and the token log-probabilities that models give it.
 
 One document a sequence, the start token in front (given, not scored), cut at a number of tokens, no end token scored. Bits per byte
 divides by the UTF-8 bytes of exactly the text whose tokens were scored, so models with other tokenizers can be compared.
@@ -6,9 +6,8 @@ divides by the UTF-8 bytes of exactly the text whose tokens were scored, so mode
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megaxelm.ensemble.scoring import document_streams
+from megaxelm.ensemble.windows import Windows
 from megaxelm.errors import StageError
 
 if TYPE_CHECKING:
@@ -44,18 +44,11 @@ class HeldOut:
         return sum(self.num_bytes)
 
 
-@dataclass(frozen=True)
-class Score:
-    """How well a model predicts a language: lower is better in both."""
-
-    bits_per_byte: float
-    perplexity: float  # per token
-
-
-def read_held_out(
-    corpus_folder: Path, languages: Sequence[str], tokenizer: Tokenizer, max_documents: int, max_tokens: int
-) -> dict[str, HeldOut]:
+def read_held_out(folders: Mapping[str, Path], tokenizer: Tokenizer, max_documents: int, max_tokens: int) -> dict[str, HeldOut]:
     """The first `max_documents` held-out documents of each language, each cut at `max_tokens` tokens; empty ones are passed over.
+
+    Args:
+        folders: language -> the folder where its held-out text lies, as `<language>.jsonl`.
 
     Raises:
         StageError: a language has no held-out text.
@@ -63,8 +56,8 @@ def read_held_out(
     from megaxelm.corpus.prepare import read_documents
 
     found = {}
-    for language in languages:
-        path = corpus_folder / "valid" / f"{language}.jsonl"
+    for language, folder in folders.items():
+        path = folder / f"{language}.jsonl"
         documents = islice(read_documents(path), max_documents) if path.is_file() else []
         cuts = [tokenizer.cut(document.text, max_tokens) for document in documents]
         cuts = [(ids, num_bytes) for ids, num_bytes in cuts if len(ids) and num_bytes]
@@ -77,33 +70,27 @@ def read_held_out(
     return found
 
 
-def score_streams(held_out: HeldOut, streams: Sequence[Tensor]) -> Score:
-    """Bits per byte and perplexity of a language from the log-probabilities [tokens] (nats) of each of its documents.
-
-    Raises:
-        StageError: a log-probability is not finite, so the model is broken.
-    """
-    nll = -math.fsum(float(stream.double().sum()) for stream in streams)
-    if not math.isfinite(nll):
-        raise StageError(
-            f"evaluation: a model gives {held_out.language!r} a negative log-likelihood of {nll}; its weights are broken, train it again"
-        )
-    return Score(nll / math.log(2) / held_out.bytes, math.exp(min(nll / held_out.tokens, 700.0)))
-
-
 def score_models(
-    models: Mapping[str, Callable[[], Decoder]], held_out: Mapping[str, HeldOut], start_id: int, token_budget: int | None = None
+    models: Mapping[str, Callable[[], Decoder]],
+    held_out: Mapping[str, HeldOut],
+    start_id: int,
+    token_budget: int | None = None,
+    windows: Windows | None = None,
+    title: str = "evaluate",
 ) -> dict[str, dict[str, list[Tensor]]]:
     """Token log-probabilities of every model on every held-out document: model -> language -> documents of [tokens] fp32.
 
     One model is in memory at a time; a progress bar on stderr counts documents.
+
+    Args:
+        windows: how documents are read that are longer than a model's positions; None: that is an error.
     """
     languages = list(held_out)
     documents = [ids for language in languages for ids in held_out[language].ids]
     found: dict[str, dict[str, list[Tensor]]] = {}
-    with tqdm(total=len(models) * len(documents), desc="evaluate", unit="doc", file=sys.stderr, mininterval=0.5) as bar:
+    with tqdm(total=len(models) * len(documents), desc=title, unit="doc", file=sys.stderr, mininterval=0.5) as bar:
         for name, load in models.items():
             bar.set_postfix_str(name, refresh=False)
-            streams = iter(document_streams(load(), documents, start_id, token_budget, on_batch=bar.update))
+            streams = iter(document_streams(load(), documents, start_id, token_budget, on_batch=bar.update, windows=windows))
             found[name] = {language: [next(streams) for _ in held_out[language].ids] for language in languages}
     return found

@@ -1,117 +1,162 @@
-"""The stage `evaluation`: every model and every mixture on the held-out text of every language, in `results.json`.
+"""The stage `evaluation`: every model and every mixture on the held-out text of every language.
 
-Each model reads the held-out text once. The mixtures are arithmetic on the experts' token log-probabilities.
+Each model reads the held-out text once; what else there is follows from its token log-probabilities.
+
+```
+evaluation/
+  results.json       the comparison: languages, models, experts, verdict, settings; statistics, forgetting, routers, texts
+  documents.npz      nats of every model on every held-out document (documents.py)
+  streams.npz        token log-probabilities of the experts, from which routers are fitted (streams.py)
+  texts/<name>.npz   as documents.npz, of a further set of texts (`evaluation.texts`)
+```
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from megaxelm.ensemble.folder import Ensemble, load_ensemble
-from megaxelm.ensemble.routers import Request
-from megaxelm.ensemble.scoring import mixture_logprob
-from megaxelm.errors import StageError
-from megaxelm.evaluate.perplexity import HeldOut, Score, read_held_out, score_models, score_streams
+from megaxelm.ensemble.folder import load_ensemble
+from megaxelm.ensemble.windows import Windows
+from megaxelm.evaluate.documents import DocumentScores, Score, document_scores, language_scores
+from megaxelm.evaluate.fit_write import FIT_FILE, fitted_fields
+from megaxelm.evaluate.forgetting import forgetting_results, run_matrix
+from megaxelm.evaluate.mixtures import mix_held_out
+from megaxelm.evaluate.perplexity import read_held_out, score_models
+from megaxelm.evaluate.routing import OWN, RouterQuality, add_choices
+from megaxelm.evaluate.run_forgetting import read_parents
+from megaxelm.evaluate.statistics import Bootstrap
+from megaxelm.evaluate.streams import save_streams
+from megaxelm.evaluate.subjects import (
+    BASELINES,
+    LAPT,
+    Mixture,
+    grown_languages,
+    held_out_folders,
+    index_clusters,
+    model_key,
+    models_to_score,
+    own_experts,
+    plan_mixtures,
+    scoring_device,
+)
+from megaxelm.evaluate.summary import statistics_results
+from megaxelm.evaluate.texts import read_text_set, text_set_results
 from megaxelm.files import read_json, write_json
 from megaxelm.recipe import Recipe
 
-if TYPE_CHECKING:
-    from megaxelm.model.decoder import Decoder
-
-Streams = Mapping[str, Sequence[Tensor]]  # language -> documents of [tokens]
-
 
 def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
-    """Score the run's models and mixtures, write `out/results.json`.
+    """Score the run's models and mixtures, write `results.json` and the files beside it into `out`.
 
     Raises:
         StageError: a language without held-out text, a missing export. RoutingError: a router that the ensemble does not have.
     """
     from megaxelm.corpus.tokenizer import Tokenizer
 
-    clusters = read_json(run_folder / "index" / "manifest.json", clusters=dict)["clusters"]
+    clusters = index_clusters(run_folder)
     ensemble = load_ensemble(run_folder / "ensemble")
     tokenizer = Tokenizer.load(run_folder / "tokenizer")
-    languages = sorted({language for found in clusters.values() for language in found})
     max_tokens = recipe.evaluation.sequence_length or recipe.train.sequence_length
-    held_out = read_held_out(run_folder / "corpus", languages, tokenizer, recipe.evaluation.max_documents, max_tokens)
-    # Routers are made first: what they lack should be known before the models have read for minutes.
-    routers = {name: ensemble.router(name) for name in recipe.evaluation.routers}
-    members = ["seed", *(["dense"] if recipe.experts.dense else []), *ensemble.trained]
-    print(f"evaluation: {len(members)} models in float32 on {_device()}", flush=True)
-    streams = score_models({name: _loader(run_folder, name) for name in members}, held_out, tokenizer.start_id)
-    own = own_experts(clusters, languages)
+    held_out = read_held_out(held_out_folders(run_folder), tokenizer, recipe.evaluation.max_documents, max_tokens)
+    further_texts = {name: read_text_set(name, patterns, tokenizer, list(held_out)) for name, patterns in recipe.evaluation.texts.items()}
+    # What routers and models lack should be known before the models have read for minutes.
+    mixtures = plan_mixtures(recipe, ensemble)
+    for router in recipe.evaluation.routers:
+        ensemble.router(router)
+    models = models_to_score(recipe, run_folder, ensemble.trained)
+    print(f"evaluation: {len(models)} models in float32 on {scoring_device()}", flush=True)
+    streams = score_models(models, held_out, tokenizer.start_id)
+    documents = document_scores(held_out, streams)
+    own = own_experts(clusters, documents.languages)
+    quality = RouterQuality(ensemble.experts, own)
+    mixed = mix_held_out(ensemble, mixtures, held_out, streams, quality.hear)
+    documents.nats |= document_scores(held_out, mixed).nats
+    documents.save(out / "documents.npz")
+    save_streams(out / "streams.npz", ensemble.experts, held_out, streams)
 
-    scores = {name: _scores(held_out, found) for name, found in streams.items()}
-    experts = {name: scores[name] for name in ensemble.trained}
-    columns: dict[str, tuple[str, dict[str, Score]]] = {"seed": ("seed", scores["seed"])}
-    if "dense" in scores:
-        columns["dense"] = ("dense", scores["dense"])
-    columns["own"] = ("own expert", {language: experts[own[language]][language] for language in languages})
-    top_m = recipe.ensemble.top_m
-    for name in routers:
-        label = f"{name} mixture" + (f", top {top_m}" if top_m else "")
-        columns[f"mixture-{name}"] = (label, _scores(held_out, mix_held_out(ensemble, name, held_out, streams, top_m)))
-    worst = {
-        language: max((found[language] for found in experts.values()), key=lambda score: score.bits_per_byte) for language in languages
-    }
-    columns["worst"] = ("worst expert", worst)
-
+    bootstrap = Bootstrap(add_choices(documents, ensemble.experts, own), documents.num_bytes)
+    baselines = [name for name in BASELINES if name in documents.nats]
+    columns = {name: name for name in (*baselines, OWN)} | {mixture.column: mixture.key for mixture in mixtures}
+    # Models beside seed, dense and experts have differences that are worth an interval too.
+    columns |= {key: key for key in models if key not in BASELINES and not key.startswith("expert:")}
+    labels = {key: key.replace("expert:", "expert ") for key in models} | {mixture.key: mixture.label for mixture in mixtures}
+    texts = {}
+    for name, further in further_texts.items():
+        streams = score_models(models, further, tokenizer.start_id, windows=Windows(max_tokens), title=name)
+        found = document_scores(further, streams)
+        found.nats |= document_scores(further, mix_held_out(ensemble, mixtures, further, streams)).nats
+        (out / "texts").mkdir(exist_ok=True)
+        found.save(out / "texts" / f"{name}.npz")
+        texts[name] = text_set_results(found, labels, {language: model_key(expert) for language, expert in own.items()})
+    fitted = fitted_fields(recipe, run_folder)
     account = run_folder / "account.json"
     results = {
         "languages": [
             {"code": item.language, "own": own[item.language], "documents": len(item.ids), "bytes": item.bytes, "tokens": item.tokens}
             for item in held_out.values()
         ],
-        "models": {key: _column(label, found) for key, (label, found) in columns.items()},
-        "experts": {name: {language: score.bits_per_byte for language, score in found.items()} for name, found in experts.items()},
+        **comparison(documents, own, ensemble.trained, mixtures, grown_languages(run_folder)),
+        "statistics": statistics_results(bootstrap, columns),
+        "forgetting": forgetting_results(
+            run_matrix(
+                documents,
+                {language: model_key(expert) for language, expert in own.items()},
+                {mixture.key: mixture.label for mixture in mixtures},
+                read_parents(run_folder),
+                bootstrap,
+            )
+        ),
+        "routers": quality.results(bootstrap, baselines),
+        **({"texts": texts} if texts else {}),
         "account": read_json(account) if account.is_file() else None,
-        "verdict": verdict(columns["own"][1], scores.get("dense")),
         "settings": {
             "sequence_length": max_tokens,
             "max_documents": recipe.evaluation.max_documents,
-            "top_m": top_m,
+            "top_m": recipe.ensemble.top_m,
             "temperature": recipe.ensemble.temperature,
             "distance_power": recipe.ensemble.distance_power,
             "dtype": "float32",
-            "device": _device(),
+            "device": scoring_device(),
             "mean": "macro mean over languages",
+            **({"fitted on half of this text": ", ".join(fitted) + f" (judged by the other half: {FIT_FILE})"} if fitted else {}),
         },
     }
     write_json(out / "results.json", results)
 
 
-def own_experts(clusters: Mapping[str, Mapping[str, Mapping[str, int]]], languages: Sequence[str]) -> dict[str, str]:
-    """Language -> the cluster with most of its training tokens; the first of equals."""
-    return {
-        language: max((name for name in clusters if language in clusters[name]), key=lambda name: clusters[name][language]["tokens"])
-        for language in languages
+def comparison(
+    documents: DocumentScores,
+    own: Mapping[str, str],
+    trained: Sequence[str],
+    mixtures: Sequence[Mixture],
+    grown: Collection[str] = (),
+) -> dict[str, Any]:
+    """`models` (a column each), `experts` (every one on every language) and `verdict` of `results.json`.
+
+    Args:
+        own: language -> its expert. trained: the experts, without the fallback. grown: languages that the verdict leaves out.
+    """
+    scores = {model: language_scores(documents, model) for model in documents.nats}
+    experts = {name: scores[model_key(name)] for name in trained}
+    columns: dict[str, tuple[str, dict[str, Score]]] = {"seed": ("seed", scores["seed"])}
+    if "dense" in scores:
+        columns["dense"] = ("dense", scores["dense"])
+    columns["own"] = ("own expert", {language: experts[own[language]][language] for language in documents.languages})
+    columns |= {mixture.column: (mixture.label, scores[mixture.key]) for mixture in mixtures}
+    worst = {
+        language: max((found[language] for found in experts.values()), key=lambda score: score.bits_per_byte)
+        for language in documents.languages
     }
-
-
-def mix_held_out(
-    ensemble: Ensemble, router: str, held_out: Mapping[str, HeldOut], streams: Mapping[str, Streams], top_m: int | None
-) -> dict[str, list[Tensor]]:
-    """Token log-probabilities of the mixture under one router, from the experts' own: language -> documents of [tokens]."""
-    made = ensemble.router(router)
-    found: dict[str, list[Tensor]] = {}
-    total = sum(len(item.ids) for item in held_out.values())
-    with tqdm(total=total, desc=f"mixture {router}", unit="doc", file=sys.stderr, mininterval=0.5) as bar:
-        for language, item in held_out.items():
-            request = Request((), language)
-            found[language] = []
-            for number, ids in enumerate(item.ids):
-                stream = torch.stack([streams[name][language][number] for name in ensemble.experts])
-                found[language].append(mixture_logprob(stream, made, ids, request, top_m))
-                bar.update()
-    return found
+    columns["worst"] = ("worst expert", worst)
+    columns |= {key: (key.replace(":", " ", 1), scores[key]) for key in documents.nats if key.startswith(f"{LAPT}:")}
+    equal = {language: score for language, score in columns["own"][1].items() if language not in grown}
+    return {
+        "models": {key: _column(label, found) for key, (label, found) in columns.items()},
+        "experts": {name: {language: score.bits_per_byte for language, score in found.items()} for name, found in experts.items()},
+        "verdict": verdict(equal, scores.get("dense")),
+    }
 
 
 def verdict(own: Mapping[str, Score], dense: Mapping[str, Score] | None) -> dict[str, Any] | None:
@@ -123,27 +168,6 @@ def verdict(own: Mapping[str, Score], dense: Mapping[str, Score] | None) -> dict
         "beaten": [language for language, value in difference.items() if value < 0],
         "not_beaten": {language: value for language, value in difference.items() if value >= 0},
     }
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _loader(run_folder: Path, name: str) -> Callable[[], Decoder]:
-    folder = run_folder / "experts" / name / "export"
-    if not (folder / "config.json").is_file():
-        raise StageError(f"evaluation: `{name}` has no export in experts/{name}/export; make it: megaxelm run RECIPE --until experts")
-
-    def load() -> Decoder:
-        from megaxelm.model.hub import load_pretrained
-
-        return load_pretrained(folder, dtype=torch.float32).to(_device())
-
-    return load
-
-
-def _scores(held_out: Mapping[str, HeldOut], streams: Streams) -> dict[str, Score]:
-    return {language: score_streams(item, streams[language]) for language, item in held_out.items()}
 
 
 def _column(label: str, scores: Mapping[str, Score]) -> dict[str, Any]:

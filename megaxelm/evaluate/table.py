@@ -41,7 +41,7 @@ def print_table(results: Mapping[str, Any], file: TextIO | None = None, width: i
 
     console = Console(file=file, width=max(width, first + max(sizes.values())), highlight=False)
     console.print(_TITLE, soft_wrap=True)
-    for keys in _parts(order, sizes, width - first):
+    for keys in column_groups(order, sizes, width - first):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("language", no_wrap=True)
         for key in keys:
@@ -60,19 +60,24 @@ def verdict_text(results: Mapping[str, Any]) -> str:
     found = results["verdict"]
     if found is None:
         return "no dense baseline was trained: the experts are compared with the seed only"
-    text = f"own expert beats dense in {len(found['beaten'])} of {len(results['languages'])} languages"
-    own, dense = (results["models"][key]["mean_bits_per_byte"] for key in ("own", "dense"))
+    compared = [*found["beaten"], *found["not_beaten"]]
+    text = f"own expert beats dense in {len(found['beaten'])} of {len(compared)} languages"
+    rows = [results["models"][key]["languages"] for key in ("own", "dense")]
+    own, dense = (sum(row[code]["bits_per_byte"] for code in compared) / len(compared) for row in rows)
     text += f" (mean {own:.3f} against {dense:.3f} bits per byte)"
     if found["not_beaten"]:
         ordered = sorted(found["not_beaten"].items(), key=lambda item: -item[1])
         text += "; not in: " + ", ".join(f"{language} by {value:.3f}" for language, value in ordered)
+    grown = [row["code"] for row in results["languages"] if row["code"] not in compared]
+    if grown:
+        text += f"; {', '.join(grown)} grown later, which dense never saw: see the columns lapt"
     if (results.get("account") or {}).get("equal") is False:
         text += "; experts and dense did NOT get equal training tokens"
     return text
 
 
-def _parts(order: Sequence[str], sizes: Mapping[str, int], room: int) -> list[Sequence[str]]:
-    """Columns in groups that fit `room`, each of at least one; the empty key is the column with the names of the own experts."""
+def column_groups(order: Sequence[str], sizes: Mapping[str, int], room: int) -> list[Sequence[str]]:
+    """Columns in groups that fit `room`, each of at least one, in their order."""
     parts: list[list[str]] = [[]]
     for key in order:
         if parts[-1] and sum(sizes[other] for other in parts[-1]) + sizes[key] > room:

@@ -79,7 +79,7 @@ class CachedSurroundings:
         )
         return out.transpose(1, 2).reshape(q.shape)
 
-    def drop(self, x: Tensor, site: int) -> Tensor:
+    def drop(self, x: Tensor, site: int, p: float | None = None) -> Tensor:
         return x
 
 

@@ -57,6 +57,10 @@ class DecoderConfig:
     embed_scale: float = 1.0
     # a token sees itself and the sliding_window - 1 tokens before it
     sliding_window: int | None = None
+    # feed-forward experts of each layer, of which each token is read by the `experts_per_token` that the layer's router weighs most; 0: no
+    # experts, one feed-forward part for all tokens
+    num_experts: int = 0
+    experts_per_token: int = 0
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
     # fields of the Hugging Face configuration that are carried through unchanged (token ids, ...)
@@ -82,6 +86,13 @@ class DecoderConfig:
                 raise ModelError(f"model configuration: {name} = {getattr(self, name)!r}: choose 0 to below 1")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ModelError(f"model configuration: sliding_window = {self.sliding_window}: choose at least 1, or null for none")
+        if self.num_experts < 0 or not (self.num_experts > 0) <= self.experts_per_token <= self.num_experts:
+            raise ModelError(
+                f"model configuration: experts_per_token = {self.experts_per_token} of num_experts = {self.num_experts}: choose 1 to the "
+                "number of experts, or 0 for both"
+            )
+        if self.num_experts and (self.activation != "silu_gated" or self.mlp_bias):
+            raise ModelError("model configuration: experts of a layer are gated SiLU without biases; the decoder has no others")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -149,6 +160,16 @@ def config_from_recipe(model: ModelConfig, vocab_size: int, bos: int | None, eos
 
 def num_parameters(config: DecoderConfig) -> int:
     """Parameters of the model as exported: no padding rows, tied embeddings once."""
+    return _parameters(config, config.num_experts)
+
+
+def active_parameters(config: DecoderConfig) -> int:
+    """Of `num_parameters` those that take part in the prediction of one token: of a layer's experts only the chosen ones."""
+    return _parameters(config, config.experts_per_token)
+
+
+def _parameters(config: DecoderConfig, experts: int) -> int:
+    """Parameters with so many experts in each layer, where the layers have experts."""
     hidden, heads, kv_heads = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     norm = hidden * (2 if config.norm == "layernorm" else 1)
     attention = hidden * (heads + 2 * kv_heads) + heads * hidden
@@ -156,5 +177,7 @@ def num_parameters(config: DecoderConfig) -> int:
     attention += 2 * config.head_dim if config.qk_norm else 0
     ups = 2 if config.activation == "silu_gated" else 1
     mlp = (ups + 1) * hidden * config.intermediate_size + ((ups * config.intermediate_size + hidden) if config.mlp_bias else 0)
+    if config.num_experts:
+        mlp = experts * mlp + config.num_experts * hidden
     tables = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
     return config.num_layers * (attention + mlp + 2 * norm) + norm + tables

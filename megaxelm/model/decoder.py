@@ -27,6 +27,7 @@ from megaxelm_kernels.attention import PackedLayout, choose_backend
 from megaxelm_kernels.backend import choose_kernels
 from megaxelm_kernels.dropout import DropoutKey, dropout_keys
 from megaxelm_kernels.linear_cross_entropy import IGNORE_INDEX
+from megaxelm_kernels.linear_distillation import Teacher
 from megaxelm_kernels.rotary import rotary_tables
 from megaxelm_kernels.rotary_frequencies import rotary_parameters
 
@@ -65,6 +66,7 @@ class Decoder(nn.Module):
         self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.head = Head(config, self.embed.weight if config.tie_embeddings else None)
         self.checkpointed_every = 0
+        self.delta_dropout = 0.0  # of the inputs of low-rank deltas, where there are any
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +112,8 @@ class Decoder(nn.Module):
         attention: str = "sdpa",
         kernels: str = "auto",
         exchange: Callable[..., Tensor] | None = None,
+        teacher: Teacher | None = None,
+        label_weight: float = 0.0,
     ) -> Tensor | LossOutput:
         """Hidden states after the last norm [N, H], or with `labels` the loss.
 
@@ -124,6 +128,8 @@ class Decoder(nn.Module):
             kernels: `auto`, `triton` or `torch`.
             exchange: where several ranks share the tokens of the batch `cu_seqlens`, of which `tokens` are this rank's slice: calls
                 attention with all tokens of some heads (`megaxelm.train.ulysses`).
+            teacher: with `labels`, the distribution that the loss is measured against: log-probabilities [rows, vocab_size] of a slice of
+                the batch. label_weight: share of the labels in the loss beside it (`megaxelm_kernels.linear_distillation`).
 
         Raises:
             ModelError: shapes that do not fit, an empty document, a backend that is missing here, dropout without keys.
@@ -133,7 +139,9 @@ class Decoder(nn.Module):
         if labels is None:
             return hidden
         _same_length("labels", labels, tokens)
-        loss_sum, token_losses = self.head(hidden, labels, loss_weights, chunk_rows=loss_chunk_rows, kernels=kernels)
+        loss_sum, token_losses = self.head(
+            hidden, labels, loss_weights, chunk_rows=loss_chunk_rows, kernels=kernels, teacher=teacher, label_weight=label_weight
+        )
         return LossOutput(loss_sum, (labels != IGNORE_INDEX).sum(), token_losses)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -240,11 +248,12 @@ class Decoder(nn.Module):
             raise ModelError(
                 f"a document of {layout.longest} tokens is longer than max_positions = {config.max_positions}: cut it, or use another model"
             )
-        drops = training and config.residual_dropout > 0
+        drops = training and (config.residual_dropout > 0 or self.delta_dropout > 0)
         if drops and dropout is None:
+            which = "residual_dropout" if config.residual_dropout else "dropout of the low-rank deltas"
             raise ModelError(
-                f"residual_dropout = {config.residual_dropout} in training mode needs dropout keys: pass dropout=dropout_keys(...), "
-                "or call eval() or set_dropout(0, 0)"
+                f"{which} = {config.residual_dropout or self.delta_dropout} in training mode needs dropout keys: pass "
+                "dropout=dropout_keys(...), or call eval() or set_dropout(0, 0)"
             )
         around = PackedSurroundings(
             layout=layout,
@@ -307,7 +316,7 @@ def initial_weights(config: DecoderConfig, seed: int) -> Iterator[tuple[str, Ten
         elif len(shape) == 1:
             yield name, torch.ones(shape)
         else:
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("attention.out.weight", ".down.weight"))
             deviation = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
             tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, deviation, generator=generator)
             if name in TABLES:

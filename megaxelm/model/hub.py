@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaxelm.errors import ModelError
+from megaxelm.model.adapter_files import WEIGHTS, base_folder, is_adapter, open_adapter
 from megaxelm.model.config import DecoderConfig, num_parameters
 from megaxelm.model.decoder import TABLES, Decoder, parameter_shapes
 from megaxelm.model.families import get_family, hf_name
@@ -22,6 +23,7 @@ from megaxelm.model.weight_files import (
     SINGLE_FILES,
     StoredTensor,
     read_json,
+    safetensors_of,
     stored_tensors,
     write_safetensors,
 )
@@ -45,9 +47,13 @@ _FOREIGN_PARAMETERS = 200_000_000
 def load_config(folder: str | Path) -> DecoderConfig:
     """The decoder configuration of a checkpoint folder.
 
+    Of an adapter it is that of its base.
+
     Raises:
         ModelError: no readable config.json, an unknown family, or something the decoder does not have.
     """
+    if is_adapter(Path(folder)):
+        return load_config(_locate(base_folder(Path(folder))))
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
@@ -74,10 +80,14 @@ def load_pretrained(folder_or_name: str | Path, dtype: torch.dtype = torch.float
 def open_pretrained(folder_or_name: str | Path) -> WeightSource:
     """The tensors of a checkpoint folder, or of a name on the Hugging Face hub, to be read one at a time.
 
+    The folder may be an adapter of peft's: then they are those of its base with the deltas merged.
+
     Raises:
         ModelError: as `load_pretrained`; damage inside of a tensor's numbers when it is read.
     """
     folder = _locate(folder_or_name)
+    if is_adapter(folder):
+        return open_adapter(folder, open_pretrained)
     config = load_config(folder)
     family = get_family(config.family)
     stored = stored_tensors(folder)
@@ -200,15 +210,44 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def weights_hash(folder: str | Path) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors of a checkpoint folder; sharding does not change it.
 
+    That of an adapter is over its scale, its tensors and the hash of its base.
+
     Raises:
         ModelError: the folder is incomplete or damaged.
     """
-    digest = hashlib.sha256()
-    for name, stored in sorted(stored_tensors(Path(folder)).items()):
+    folder, digest = Path(folder), hashlib.sha256()
+    if is_adapter(folder):
+        adapter = open_pretrained(folder).adapter
+        assert adapter is not None
+        digest.update(f"scale {adapter.lora.scale!r} base {weights_hash(_locate(base_folder(folder)))}\n".encode())
+        tensors = safetensors_of(folder / WEIGHTS)
+    else:
+        tensors = stored_tensors(folder)
+    for name, stored in sorted(tensors.items()):
         tensor = stored.read().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def compare_logits(folder: Path, source: WeightSource, texts_tokens: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Compare the logits of what was written in `dtype` with those of `source`, a layer at a time.
+
+    Returns:
+        The logits of what was written [tokens, vocab_size], and the largest difference as a share of the largest logit.
+
+    Raises:
+        ModelError: the logits differ by more than the rounding of the types explains.
+    """
+    ours, again = streamed_logits(source, texts_tokens), streamed_logits(open_pretrained(folder), texts_tokens)
+    difference = float((ours - again).abs().max()) / max(1.0, float(ours.abs().max()))
+    bound = max(_LOGIT_BOUNDS.get(kind, 3e-2) for kind in (dtype, source.weight("norm.weight").dtype))
+    if not difference <= bound:
+        raise ModelError(
+            f"{folder}: the reloaded export differs by {difference:.2g} of the largest logit, allowed is {bound:.2g}; export again"
+        )
+    return again, difference
 
 
 @torch.no_grad()
@@ -226,16 +265,8 @@ def check_export(folder: str | Path, model: Decoder | WeightSource, texts_tokens
     """
     folder = Path(folder)
     source = decoder_source(model) if isinstance(model, Decoder) else model
-    written = open_pretrained(folder)
-    ours, again = streamed_logits(source, texts_tokens), streamed_logits(written, texts_tokens)
-    scale = max(1.0, float(ours.abs().max()))
-    difference = float((ours - again).abs().max()) / scale
-    bound = max(_LOGIT_BOUNDS.get(dtype, 3e-2) for dtype in (_stored_dtype(folder), source.weight("norm.weight").dtype))
-    if not difference <= bound:
-        raise ModelError(
-            f"{folder}: the reloaded export differs by {difference:.2g} of the largest logit, allowed is {bound:.2g}; export again"
-        )
-    size = num_parameters(written.config)
+    again, difference = compare_logits(folder, source, texts_tokens, _stored_dtype(folder))
+    size = num_parameters(source.config)
     if size > _FOREIGN_PARAMETERS:
         print(
             f"{folder}: logits were compared layer by layer by our own reader, and not with transformers' class, which would hold all "
@@ -243,7 +274,7 @@ def check_export(folder: str | Path, model: Decoder | WeightSource, texts_tokens
             flush=True,
         )
         return difference
-    foreign = float((again - _foreign_logits(folder, texts_tokens)).abs().max()) / scale
+    foreign = float((again - _foreign_logits(folder, texts_tokens)).abs().max()) / max(1.0, float(again.abs().max()))
     if not foreign <= _LOGIT_BOUNDS[torch.float32]:
         raise ModelError(f"{folder}: transformers computes other logits from this export (by {foreign:.2g} of the largest); do not use it")
     return difference

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaxelm.model.config import DecoderConfig
+from megaxelm.model.moe import MoeFeedForward
 from megaxelm_kernels.activations import gelu_bias, swiglu
 from megaxelm_kernels.attention import PackedLayout, packed_attention
 from megaxelm_kernels.dropout import DropoutKey, keyed_dropout
 from megaxelm_kernels.linear_cross_entropy import linear_cross_entropy_each, target_logprobs
+from megaxelm_kernels.linear_distillation import Teacher, linear_distillation
 from megaxelm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megaxelm_kernels.rotary import apply_rotary_qk, norm_rotary_qk
 
@@ -34,8 +36,8 @@ class Surroundings(Protocol):
         """Attention of `q` [N, heads, d] over `k`, `v` [N, kv_heads, d] and what came before them -> [N, heads, d]."""
         ...
 
-    def drop(self, x: Tensor, site: int) -> Tensor:
-        """Residual dropout of `x` [N, H] at one place of the model."""
+    def drop(self, x: Tensor, site: int, p: float | None = None) -> Tensor:
+        """Dropout of `x` [N, H] at one place of the model, with the residual probability or with `p`."""
         ...
 
 
@@ -66,8 +68,10 @@ class PackedSurroundings:
             q, k, v, self.layout, sliding_window=self.sliding_window, dropout_p=self.attention_dropout, backend=self.backend
         )
 
-    def drop(self, x: Tensor, site: int) -> Tensor:
-        return x if self.dropout is None else keyed_dropout(x, self.dropout.token_keys, site, self.residual_dropout)
+    def drop(self, x: Tensor, site: int, p: float | None = None) -> Tensor:
+        if self.dropout is None:
+            return x
+        return keyed_dropout(x, self.dropout.token_keys, site, self.residual_dropout if p is None else p)
 
 
 class Norm(nn.Module):
@@ -95,20 +99,34 @@ class AddNorm(Norm):
 
 
 class Linear(nn.Module):
-    """x @ weight.T + bias; the weight is allocated, not drawn: `Decoder.initialise` or a checkpoint fills it."""
+    """x @ weight.T + bias; the weight is allocated, not drawn: `Decoder.initialise` or a checkpoint fills it.
+
+    With a low-rank delta (`add_low_rank`; Hu et al. 2021, section 4.1) scale * (x @ lora_A.weight.T) @ lora_B.weight.T is added. A and B
+    are modules of their own, since ZeRO-3 gathers a weight for the module that owns it.
+    """
 
     def __init__(self, size_in: int, size_out: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size_out, size_in))
         self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
+        self.lora_A: Linear | None = None
+        self.lora_B: Linear | None = None
 
-    def forward(self, x: Tensor, gelu: str | None = None, kernels: str = "torch") -> Tensor:
-        """`gelu`: None, or `none` or `tanh`: the activation of the product, exact or approximate."""
+    def add_low_rank(self, lora_A: Linear, lora_B: Linear, scale: float, dropout: float, site: int) -> None:
+        """Add a delta. `lora_A` [rank, in], `lora_B` [out, rank]; `dropout` is of the delta's input, at place `site` of the model."""
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.lora_scale, self.lora_dropout, self.lora_site = scale, dropout, site
+
+    def forward(self, x: Tensor, gelu: str | None = None, kernels: str = "torch", around: Surroundings | None = None) -> Tensor:
+        """`gelu`: None, or `none` or `tanh`: the activation of the product, exact or approximate. `around`: who drops a delta's input."""
+        fused = gelu is not None and kernels != "torch"
+        product = F.linear(x, self.weight, None if fused else self.bias)
+        if self.lora_A is not None and self.lora_B is not None:
+            dropped = around.drop(x, self.lora_site, self.lora_dropout) if around is not None and self.lora_dropout else x
+            product = torch.add(product, self.lora_B(self.lora_A(dropped)), alpha=self.lora_scale)
         if gelu is None:
-            return F.linear(x, self.weight, self.bias)
-        if kernels == "torch":
-            return F.gelu(F.linear(x, self.weight, self.bias), approximate=gelu)
-        return gelu_bias(F.linear(x, self.weight), self.bias, gelu, in_place=True, kernels=kernels)
+            return product
+        return gelu_bias(product, self.bias, gelu, in_place=True, kernels=kernels) if fused else F.gelu(product, approximate=gelu)
 
 
 class Attention(nn.Module):
@@ -127,9 +145,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
+        q, k, v = (projection(x, around=around).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
         q, k = self._positioned(q, k, around)
-        return self.out(around.attend(self.index, q, k, v).flatten(1))
+        return self.out(around.attend(self.index, q, k, v).flatten(1), around=around)
 
     def _positioned(self, q: Tensor, k: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
         """Norm and rotation of q and k, where the model has them."""
@@ -155,11 +173,20 @@ class FeedForward(nn.Module):
         self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, kernels: str = "torch") -> Tensor:
+    def forward(self, x: Tensor, kernels: str = "torch", around: Surroundings | None = None) -> Tensor:
         """`x` [N, H] -> [N, H]."""
         if self.gate is not None:
-            return self.down(swiglu(self.gate(x), self.up(x), in_place=True, kernels=kernels))
-        return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels))
+            gated = swiglu(self.gate(x, around=around), self.up(x, around=around), in_place=True, kernels=kernels)
+            return self.down(gated, around=around)
+        return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels, around), around=around)
+
+
+def feed_forward(config: DecoderConfig) -> nn.Module:
+    """One feed-forward part for all tokens, or a mixture of experts."""
+    if not config.num_experts:
+        return FeedForward(config)
+    router = Linear(config.hidden_size, config.num_experts, False)
+    return MoeFeedForward(config, router, [FeedForward(config) for _ in range(config.num_experts)])
 
 
 class DecoderLayer(nn.Module):
@@ -171,13 +198,13 @@ class DecoderLayer(nn.Module):
         self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = Attention(config, index)
         self.mlp_norm = AddNorm(config.norm, config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = feed_forward(config)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
         branch = around.drop(self.attention(self.attention_norm(x, around.kernels), around), self.first_site)
         normed, x = self.mlp_norm(branch, x, around.kernels)
-        return x + around.drop(self.mlp(normed, around.kernels), self.first_site + 1)
+        return x + around.drop(self.mlp(normed, around.kernels, around), self.first_site + 1)
 
 
 class Embedding(nn.Module):
@@ -214,11 +241,18 @@ class Head(nn.Module):
         chunk_rows: int | None = None,
         score: bool = False,
         kernels: str = "torch",
+        teacher: Teacher | None = None,
+        label_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [N, vocab_size] without labels; with labels the summed loss (scalar) and that of each token [N]; with `score`
-        log p(label) [N]."""
+        log p(label) [N]. With `teacher` the loss is that of `linear_distillation`."""
         if labels is None:
             return F.linear(hidden, self.weight)[..., : self.vocab_size]
+        if teacher is not None:
+            assert loss_weights is None and not score
+            return linear_distillation(
+                hidden, self.weight, labels, teacher, vocab_size=self.vocab_size, label_weight=label_weight, chunk_rows=chunk_rows
+            )
         if score:
             return target_logprobs(hidden, self.weight, labels, vocab_size=self.vocab_size, chunk_rows=chunk_rows, kernels=kernels)
         return linear_cross_entropy_each(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,44 @@ class WeightSource:
 
     config: DecoderConfig
     weight: Callable[[str], Tensor]
+    adapter: Adapter | None = None
+    """The parts of a model that is a base and low-rank deltas; `weight` gives them merged."""
+
+    def part(self, name: str) -> Tensor:
+        """As `weight`, but with the parts of such a model apart: the base's tensors, and A and B by their names."""
+        if self.adapter is None:
+            return self.weight(name)
+        return self.adapter.tensor(name) if ".lora_" in name else self.adapter.base.weight(name)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of low-rank deltas. `targets`: our names of the projections in a layer, such as `attention.q`, in the order of the model."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    """Of the delta's input, in training."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of B and A is multiplied with (Hu et al. 2021, section 4.1)."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The parts of a model that is a base and low-rank deltas. Made by `megaxelm.model.lora.adapted_source`.
+
+    `tensor(name)` is A [rank, in] or B [out, rank] by our name, `layers.0.attention.q.lora_A.weight`, on the CPU; `folder` is the
+    checkpoint folder of the base.
+    """
+
+    lora: Lora
+    base: WeightSource
+    tensor: Callable[[str], Tensor]
+    folder: Path
 
 
 def decoder_source(decoder: Decoder) -> WeightSource:

@@ -6,7 +6,8 @@ row = cache.new_row(100)
 read = stack.read([Piece(expert=0, row=row, tokens=[1, 17, 5])], cache)  # read.hidden [1, H]: after the last token
 
 Rows lie sorted by expert, so the number of launches does not grow with the number of experts. What all experts have in common (a frozen
-embedding) is kept once, with a stride of zero over the experts. Where not all experts fit, the stack has fewer slots than experts: an
+embedding) is kept once, with a stride of zero over the experts; experts that are low-rank deltas of one base have all of it in common,
+and a projection is x W^T + (x A_e^T) B_e^T with the scale in B. Where not all experts fit, the stack has fewer slots than experts: an
 expert that is wanted takes the slot of the one that was wanted longest ago, and reads its weights from where they came.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from megaxelm.errors import ModelError
 from megaxelm.model.config import DecoderConfig
 from megaxelm.model.decoder import sinusoidal_positions
+from megaxelm.model.moe import top_experts
 from megaxelm.model.source import WeightSource
 from megaxelm.model.stacked_cache import CachedAttention, CacheRow, StackedCache
 from megaxelm.model.stacked_weights import StackedWeights
@@ -204,7 +206,7 @@ class StackedDecoder:
             found = attention.attend(layer, q, k, v)
             branch = self._linear(f"{name}.attention.out", found.flatten(1), groups)
             x, residual = self._norm(f"{name}.mlp_norm", branch, groups, residual)
-            branch = self._mlp(f"{name}.mlp", x, groups)
+            branch = (self._experts if config.num_experts else self._mlp)(f"{name}.mlp", x, groups)
         assert branch is not None
         return branch, residual
 
@@ -226,9 +228,13 @@ class StackedDecoder:
         return found.view(x.shape)
 
     def _linear(self, name: str, x: Tensor, groups: RowGroups, bias: bool = True) -> Tensor:
-        return grouped_linear(
-            x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias") if bias else None, groups, kernels=self.kernels
-        )
+        weights, kernels = self.weights, self.kernels
+        out = grouped_linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias") if bias else None, groups, kernels=kernels)
+        lora_a = weights.get(f"{name}.lora_A")
+        if lora_a is not None:
+            inner = grouped_linear(x, lora_a, None, groups, kernels=kernels)
+            out += grouped_linear(inner, weights[f"{name}.lora_B"], None, groups, kernels=kernels)
+        return out
 
     def _mlp(self, name: str, x: Tensor, groups: RowGroups) -> Tensor:
         config = self.config
@@ -246,6 +252,19 @@ class StackedDecoder:
                 else gelu_bias(hidden, None, approximate, kernels=self.kernels)
             )
         return self._linear(f"{name}.down", hidden, groups)
+
+    def _experts(self, name: str, x: Tensor, groups: RowGroups) -> Tensor:
+        """The mixture of feed-forward experts that each row's model has in this layer."""
+        weights, chosen = top_experts(self._linear(f"{name}.router", x, groups), self.config.experts_per_token)
+        found = torch.zeros_like(x)
+        for number in range(self.config.num_experts):
+            rows, place = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                # Rows come in their order, so they lie sorted by slot again.
+                counts = groups.group_of_row[rows].bincount(minlength=groups.num_groups).tolist()
+                part = self._mlp(f"{name}.experts.{number}", x[rows], RowGroups.from_counts(counts, x.device))
+                found.index_add_(0, rows, (part * weights[rows, place, None]).to(found.dtype))
+        return found
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rotary":

@@ -75,7 +75,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        found |= _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+        found |= safetensors_of(path) if path.suffix == ".safetensors" else _pickled(path)
     return found
 
 
@@ -106,14 +106,15 @@ def write_safetensors(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILES[0] if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, dtype, read)
+        write_weight_file(folder / file, shard, dtype, read)
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]) -> None:
+def write_weight_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]) -> None:
+    """Write one safetensors file; as `write_safetensors`."""
     code = next(code for code, known in _CODES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -132,7 +133,12 @@ def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
+def safetensors_of(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name.
+
+    Raises:
+        ModelError: damaged, or of a type that is none of a decoder's.
+    """
     from safetensors import safe_open
 
     with _damage_named(path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from megaxelm.errors import RecipeError, TrainError
 from megaxelm.model.config import DecoderConfig
+from megaxelm.model.source import Lora
 from megaxelm.plan.memory import MARGIN, Memory, Work, plan_memory
 from megaxelm.recipe import Recipe
 from megaxelm.train.ds_config import find_ds_config, micro_batch, read_ds_config
@@ -49,8 +50,10 @@ def parse_bytes(text: str, option: str) -> int:
     return int(float(match[1]) * base ** (" kmgt".index(unit[0]) if unit else 0))
 
 
-def options(recipe: Recipe, shape: DecoderConfig, world_size: int, device_bytes: int, configs: Sequence[str]) -> list[Option]:
-    """Every configuration x micro-batch x recomputation, quickest first by rule of thumb.
+def options(
+    recipe: Recipe, shape: DecoderConfig, world_size: int, device_bytes: int, configs: Sequence[str], lora: Lora | None = None
+) -> list[Option]:
+    """Every configuration x micro-batch x recomputation, quickest first by rule of thumb; `lora`: of a model trained as deltas.
 
     Raises:
         RecipeError: the devices cannot share a step of the recipe.
@@ -73,7 +76,7 @@ def options(recipe: Recipe, shape: DecoderConfig, world_size: int, device_bytes:
                 every = int(checkpointing == "full")
                 kernels = "torch" if train.kernels == "torch" or train.compile else "triton"
                 work = Work(size, train.sequence_length, every, train.loss_chunk_rows, train.precision, kernels)
-                memory = plan_memory(shape, config, world_size, work, cuda=True)
+                memory = plan_memory(shape, config, world_size, work, cuda=True, lora=lora)
                 found.append(Option(name, size, checkpointing, memory, memory.total <= device_bytes * (1 - MARGIN)))
     return sorted(found, key=lambda option: _time(option, train.sequence_length))
 

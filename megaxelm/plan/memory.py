@@ -9,6 +9,7 @@ accumulated. Three moments can be the peak of a step, and the largest is the pla
 
 What lasts: the weights (ZeRO-3: 1/n of them, and the layers that are gathered), fp32 weights and two moments (1/n with ZeRO 1 to 3;
 none besides the weights in fp32 with ZeRO 0 and 3). ZeRO 1 and 2 keep an fp32 copy of their partition even when the weights are fp32.
+Of a model that is trained as low-rank deltas the whole has weights and activations; gradients, fp32 copy and moments are the deltas'.
 Read in DeepSpeed: runtime/zero/stage_1_and_2.py and stage3.py (flat buffers, `setup_buckets`, `allreduce_bucket`, `step`),
 runtime/fp16 (ZeRO 0). Formulas of ZeRO: Rajbhandari et al. 2020, section 5; of activations: Korthikanti et al. 2022, section 4.
 """
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 from megaxelm.model.config import DecoderConfig, num_parameters
+from megaxelm.model.lora import lora_parameters, lora_shapes
+from megaxelm.model.source import Lora
 from megaxelm.train.ds_config import offloads
 from megaxelm_kernels.head_chunks import rows_per_chunk
 
@@ -73,7 +76,7 @@ def padded_parameters(config: DecoderConfig) -> int:
     return num_parameters(config) + tables * (config.padded_vocab_size - config.vocab_size) * config.hidden_size
 
 
-def layer_activations(config: DecoderConfig, work: Work) -> int:
+def layer_activations(config: DecoderConfig, work: Work, lora: Lora | None = None) -> int:
     """Bytes that one layer keeps from its forward to its backward pass.
 
     A tensor is counted where autograd saves it: the input and the result of a norm, query, key and value before and after the rotation,
@@ -81,7 +84,7 @@ def layer_activations(config: DecoderConfig, work: Work) -> int:
     """
     width = _BYTES[work.precision]
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = config.hidden_size, config.intermediate_size * max(1, config.experts_per_token)
     fused = work.kernels == "triton"
     attention = 2 * hidden + (heads + 2 * kv_heads) + heads
     if config.positions == "rotary" and (config.qk_norm or not fused):
@@ -90,14 +93,29 @@ def layer_activations(config: DecoderConfig, work: Work) -> int:
     saved = width * (attention + feed_forward)
     if config.qk_norm and not fused:
         saved += 2 * 4 * (heads + kv_heads)  # two fp32 forms of q and k that torch's norm keeps
-    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" and not fused else 2)  # the fp32 copy that torch's norm keeps
+    # The fp32 copy that torch's norm keeps, for the gradient of its weight.
+    norms = 2 * 4 * (hidden if config.norm == "rmsnorm" and not fused and lora is None else 2)
     scores = 4 * config.num_heads  # log-sum-exp of the attention
-    return work.tokens * (saved + norms + scores)
+    return work.tokens * (saved + norms + scores + _delta_activations(config, work, lora))
 
 
-def activations(config: DecoderConfig, work: Work) -> int:
+def _delta_activations(config: DecoderConfig, work: Work, lora: Lora | None) -> int:
+    """Bytes a token that the deltas of a layer keep: the product with A of each, and with dropout its input and mask. The projections
+    themselves are frozen and keep no input."""
+    if lora is None:
+        return 0
+    width = _BYTES[work.precision]
+    kept = width * lora.rank * len(lora.targets)
+    if lora.dropout:
+        inputs = [shape[1] for name, shape in lora_shapes(config, lora).items() if name.startswith("layers.0.") and ".lora_A." in name]
+        alone = 2 * config.hidden_size + config.num_heads * config.head_dim + config.intermediate_size
+        kept += sum(inputs) * (width + 1) - alone * width
+    return kept
+
+
+def activations(config: DecoderConfig, work: Work, lora: Lora | None = None) -> int:
     """Bytes of all layers together at the end of the forward pass; of a recomputed layer its input alone, and one layer in full."""
-    whole = layer_activations(config, work)
+    whole = layer_activations(config, work, lora)
     kept = work.tokens * config.hidden_size * _BYTES[work.precision]
     every = work.checkpoint_every
     recomputed = -(-config.num_layers // every) if every else 0
@@ -105,15 +123,15 @@ def activations(config: DecoderConfig, work: Work) -> int:
     return (config.num_layers - recomputed) * whole + recomputed * kept + (whole if recomputed else 0) + stream
 
 
-def loss_memory(config: DecoderConfig, work: Work, device_type: str) -> int:
-    """Bytes of the head's loss: a chunk of logits (with torch again in fp32), the head's gradient in fp32 beside that of a chunk, and the
-    gradient of the hidden states."""
+def loss_memory(config: DecoderConfig, work: Work, device_type: str, frozen: bool = False) -> int:
+    """Bytes of the head's loss: a chunk of logits (with torch again in fp32), the head's gradient in fp32 beside that of a chunk (none if
+    the head is `frozen`), and the gradient of the hidden states."""
     width = _BYTES[work.precision]
     vocab, hidden = config.padded_vocab_size, config.hidden_size
     dtype = torch.float32 if width == 4 else torch.bfloat16
     rows = rows_per_chunk(work.tokens, vocab, dtype, device_type, chunk_rows=work.loss_chunk_rows, kernels=work.kernels)
     logits = min(rows, work.tokens) * vocab * (width if width == 4 or work.kernels == "triton" else width + 4)
-    return logits + vocab * hidden * (4 + width) + work.tokens * hidden * width
+    return logits + (0 if frozen else vocab * hidden * (4 + width)) + work.tokens * hidden * width
 
 
 @dataclass(frozen=True)
@@ -132,24 +150,29 @@ class _Moment:
         return self.weights + self.gradients + self.activations + self.loss + self.buckets + self.temporary
 
 
-def plan_memory(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, work: Work, cuda: bool) -> Memory:
+def plan_memory(
+    config: DecoderConfig, ds_config: dict[str, Any], world_size: int, work: Work, cuda: bool, lora: Lora | None = None
+) -> Memory:
     """The memory of one of `world_size` devices.
 
     Args:
         ds_config: as it is in its file or filled.
         cuda: False for processes on a CPU, where pages of a buffer count when they are written, and AdamW is torch's.
+        lora: the deltas of a model that is trained as such.
     """
     zero = ds_config["zero_optimization"]
-    stage, parameters = zero.get("stage", 0), padded_parameters(config)
+    stage = zero.get("stage", 0)
+    parameters, trained = _parameters(config, lora)
     width = _BYTES[work.precision]
-    part = parameters / (world_size if stage else 1)
+    held = parameters / world_size  # with ZeRO-3
+    part = trained / (world_size if stage else 1)
     on_host = offloads(ds_config, "offload_optimizer")
     weights_on_host = offloads(ds_config, "offload_param")
     master = 4 if work.precision != "fp32" or stage in (1, 2) else 0
     states = part * (8 + master)
-    weights = parameters * width if stage < 3 else 0.0 if weights_on_host else part * width
-    host = (states + part * (4 + width) if on_host else 0.0) + (part * width if weights_on_host else 0.0)
-    moments = _moments(config, ds_config, world_size, work, cuda)
+    weights = parameters * width if stage < 3 else 0.0 if weights_on_host else held * width
+    host = (states + part * (4 + width) if on_host else 0.0) + (held * width if weights_on_host else 0.0)
+    moments = _moments(config, ds_config, world_size, work, cuda, lora)
     name = max(moments, key=lambda moment: moments[moment].total)
     peak = moments[name]
     return Memory(
@@ -165,10 +188,21 @@ def plan_memory(config: DecoderConfig, ds_config: dict[str, Any], world_size: in
     )
 
 
-def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, work: Work, cuda: bool) -> dict[str, _Moment]:
+def _parameters(config: DecoderConfig, lora: Lora | None) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    whole = padded_parameters(config)
+    if lora is None:
+        return whole, whole
+    trained = lora_parameters(config, lora)
+    return whole + trained, trained
+
+
+def _moments(
+    config: DecoderConfig, ds_config: dict[str, Any], world_size: int, work: Work, cuda: bool, lora: Lora | None
+) -> dict[str, _Moment]:
     """The moments of a step that can be its peak."""
     zero = ds_config["zero_optimization"]
-    stage, parameters = zero.get("stage", 0), padded_parameters(config)
+    stage, (whole, parameters) = zero.get("stage", 0), _parameters(config, lora)
     width = _BYTES[work.precision]
     grad_width = _BYTES[(ds_config.get("data_types") or {}).get("grad_accum_dtype") or work.precision]
     part = parameters / (world_size if stage else 1)
@@ -178,7 +212,7 @@ def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, 
     # On a device a buffer is taken whole; on a CPU its pages count when gradients are written into them.
     buffer = float(bucket * width) if cuda else filled
     overlap = zero.get("overlap_comm")
-    inside, loss = activations(config, work), loss_memory(config, work, "cuda" if cuda else "cpu")
+    inside, loss = activations(config, work, lora), loss_memory(config, work, "cuda" if cuda else "cpu", lora is not None)
     several = parameters > bucket  # otherwise all gradients fit the bucket, and it is reduced when the activations are gone
     adam = 0.0 if cuda or on_host else 8.0 * part  # torch's AdamW takes two tensors as large as its parameter
     fp32_copy = 0.0 if on_host or (width == 4 and stage == 0) else 4.0 * part
@@ -195,7 +229,7 @@ def _moments(config: DecoderConfig, ds_config: dict[str, Any], world_size: int, 
         own = 0.0 if on_host else part * grad_width
         backward, reduction, held = own if several else 0.0, own if several else 0.0, own
     else:
-        live = _live_parameters(config, zero, parameters) * width
+        live = _live_parameters(config, zero, whole) * width
         own = 0.0 if on_host else part * grad_width
         backward, reduction, held = own, own, own
     in_backward = buffer if stage >= 2 else 0.0

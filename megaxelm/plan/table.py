@@ -10,10 +10,12 @@ from typing import Any
 
 from megaxelm.errors import TrainError
 from megaxelm.model.config import DecoderConfig, num_parameters
+from megaxelm.model.lora import lora_from_recipe, lora_parameters
+from megaxelm.model.source import Lora
 from megaxelm.plan.choose import CONFIGS, Option, choose, options
 from megaxelm.plan.memory import MARGIN, padded_parameters
 from megaxelm.recipe import Recipe
-from megaxelm.train.members import account, plan_members
+from megaxelm.train.members import account, expected_members
 from megaxelm.train.metrics import read_metrics
 from megaxelm.train.throughput import PEAK_TFLOPS, attended, matmul_parameters, peak_tflops, token_flops
 
@@ -42,10 +44,12 @@ def make_plan(
         said: where that speed is from.
     """
     train = recipe.train
-    found = options(recipe, shape, hardware.devices, hardware.memory, CONFIGS)
+    lora = lora_from_recipe(recipe.experts.lora, shape) if recipe.experts.kind == "lora" else None
+    all_deltas = lora is not None and recipe.seed.load is not None and not recipe.experts.dense
+    found = options(recipe, shape, hardware.devices, hardware.memory, CONFIGS, lora if all_deltas else None)
     best = choose(found)
     k = recipe.clusters.num_clusters or len(recipe.corpus.languages or [])
-    members = plan_members(recipe, [f"cluster-{number}" for number in range(k)]) if k else {}
+    members = expected_members(recipe, [f"cluster-{number}" for number in range(k)]) if k else {}
     table = account(members) if members else None
     seen = attended([train.sequence_length], shape.sliding_window) / train.sequence_length
     state = 14 if train.precision != "fp32" else 16
@@ -65,6 +69,8 @@ def make_plan(
         "choice": best.as_json() if best else None,
         "lines": recipe_lines(best, hardware) if best else None,
     }
+    if lora is not None:
+        plan["deltas"] = _deltas(recipe, shape, hardware, lora, best, state)
     if tokens_per_second is not None:
         plan["speed"] = {"tokens_per_second": tokens_per_second, "from": said}
         if table:
@@ -72,6 +78,20 @@ def make_plan(
             hours = seconds / 3600 * hardware.devices
             plan["time"] = {"seconds": seconds, "device_hours": hours, "cost": None if price is None else hours * price}
     return plan
+
+
+def _deltas(recipe: Recipe, shape: DecoderConfig, hardware: Hardware, lora: Lora, best: Option | None, state: int) -> dict[str, Any]:
+    """What an expert of low-rank deltas takes in the configuration that is chosen for the whole models."""
+    trained = lora_parameters(shape, lora)
+    deltas: dict[str, Any] = {"trained_parameters": trained, "checkpoint_bytes": state * trained, "total": None}
+    if best is not None:
+        same = [
+            option
+            for option in options(recipe, shape, hardware.devices, hardware.memory, [best.config], lora)
+            if option.micro_batch_size == best.micro_batch_size and option.activation_checkpointing == best.activation_checkpointing
+        ]
+        deltas["total"] = same[0].memory.total
+    return deltas
 
 
 def recipe_lines(option: Option, hardware: Hardware) -> list[str]:
@@ -142,6 +162,14 @@ def show_plan(plan: dict[str, Any]) -> None:
         print("take, by rule of thumb (measure with `megaxelm bench train`):\n\ntrain:")
         print("\n".join(f"  {line}" for line in plan["lines"]) + "\n")
     print(f"{plan['tokens_per_step']:,} tokens a step; a checkpoint has {plan['checkpoint_bytes'] / gb:.1f} GB")
+    if "deltas" in plan:
+        deltas = plan["deltas"]
+        memory = "" if deltas["total"] is None else f"; {deltas['total'] / gb:.1f} GB of a device in the configuration above"
+        print(
+            f"an expert trains {deltas['trained_parameters']:,} parameters of low-rank deltas "
+            f"({deltas['trained_parameters'] / plan['parameters']:.2%} of the model){memory}; its checkpoint has "
+            f"{deltas['checkpoint_bytes'] / gb:.3g} GB"
+        )
     if plan["tokens"] is not None:
         steps = sorted(set(plan["steps"].values()) - {0})
         print(f"{plan['tokens']:,} tokens in all, {len(plan['steps'])} models, {' or '.join(f'{n:,}' for n in steps)} steps each")

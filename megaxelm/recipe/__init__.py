@@ -14,13 +14,15 @@ from megaxelm.recipe.corpus import (
     Source,
     TokenizerConfig,
 )
-from megaxelm.recipe.load import dump_recipe, load_recipe, parse_recipe
+from megaxelm.recipe.load import dump_recipe, load_recipe, override_tree, parse_recipe
 from megaxelm.recipe.reference import recipe_docs
+from megaxelm.recipe.rounds import RoundConfig, round_steps
 from megaxelm.recipe.schema import (
     EnsembleConfig,
     EvaluationConfig,
     ExpertsConfig,
     ExportConfig,
+    LoraConfig,
     ModelConfig,
     Recipe,
     RouterName,
@@ -42,9 +44,11 @@ __all__ = [
     "FileSource",
     "HeldOutConfig",
     "HuggingFaceSource",
+    "LoraConfig",
     "MinhashConfig",
     "ModelConfig",
     "Recipe",
+    "RoundConfig",
     "RouterName",
     "Section",
     "SeedConfig",
@@ -56,7 +60,9 @@ __all__ = [
     "TypologyConfig",
     "dump_recipe",
     "load_recipe",
+    "override_tree",
     "parse_recipe",
     "recipe_docs",
     "result_settings",
+    "round_steps",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from megaxelm.errors import RecipeError
 from megaxelm.recipe.corpus import SOURCE_KINDS, CatalogSource, FileSource, HuggingFaceSource
 from megaxelm.recipe.schema import Recipe
+from megaxelm.recipe.section import Section
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,9 +37,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections (name, corpus, clusters, ...), found {type(tree).__name__}")
+    return parse_recipe(override_tree(tree, overrides), str(path))
+
+
+def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested dictionaries of a recipe with dotted overrides such as `train.lr=2e-3` applied in place.
+
+    Raises:
+        RecipeError: an override that is no KEY=VALUE, or whose key leads through something that is no section.
+    """
     for override in overrides:
         _apply_override(tree, override)
-    return parse_recipe(tree, str(path))
+    return tree
 
 
 def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -138,5 +149,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
             section = {"files": FileSource, "huggingface": HuggingFaceSource, "catalogs": CatalogSource}[str(part)]
             continue
         annotation = section.model_fields[part].annotation
-        section = annotation if isinstance(annotation, type) else section
+        inner = [item for item in (annotation, *typing.get_args(annotation)) if isinstance(item, type) and issubclass(item, Section)]
+        section = inner[0] if inner else section
     return list(section.model_fields)

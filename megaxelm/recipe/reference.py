@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from megaxelm.recipe.corpus import CatalogSource, CorpusConfig, FileSource, HuggingFaceSource, Source
+from megaxelm.recipe.rounds import RoundConfig
 from megaxelm.recipe.schema import Recipe
 from megaxelm.recipe.section import Section
 
@@ -48,6 +49,8 @@ def _sections(section: type[Section], title: str) -> list[tuple[str, type[Sectio
         elif name == "train" and section is CorpusConfig:
             kinds: list[type[Section]] = [FileSource, HuggingFaceSource, CatalogSource]
             found += [(f"corpus.train[]: {next(iter(kind.model_fields))}", kind) for kind in kinds]
+        elif field.annotation == list[RoundConfig]:
+            found.append((f"{name}[]", RoundConfig))
     return found
 
 
@@ -60,6 +63,8 @@ def _type_name(annotation: Any) -> str:
         return annotation.__name__
     if annotation == list[Source]:
         return "list of sources"
+    if annotation == list[RoundConfig]:
+        return "list of rounds"
     inner = [_type_name(item) for item in typing.get_args(annotation)]
     if typing.get_origin(annotation) is list:
         return f"list of {inner[0]}"

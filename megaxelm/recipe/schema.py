@@ -6,15 +6,15 @@ change without anything being made again.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megaxelm.recipe.clusters import ClustersConfig
 from megaxelm.recipe.corpus import CorpusConfig, ExecutorConfig, TokenizerConfig
-from megaxelm.recipe.section import NO_EFFECT, Section
-
-Schedule = Literal["linear", "cosine", "constant", "wsd"]
+from megaxelm.recipe.rounds import RoundConfig, check_rounds, round_steps
+from megaxelm.recipe.section import NO_EFFECT, Schedule, Section
 
 
 class ModelConfig(Section):
@@ -163,8 +163,37 @@ class SeedConfig(Section):
     """Language mix of seed training; null: `train.language_alpha`."""
 
 
+class LoraConfig(Section):
+    """Low-rank deltas (LoRA, Hu et al. 2021): every expert is the shared seed and two thin matrices a projection. Parameters of experts and
+    dense baseline are then not equal, only their tokens."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the delta of a projection."""
+    alpha: float = Field(32.0, gt=0)
+    """The delta is B A times alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the input of a delta, in training."""
+    targets: Literal["all"] | list[str] = "all"
+    """Projections with a delta by the family's names (`q_proj`, `fc1`, ...), as peft takes them; `all` of attention and feed-forward."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the deltas, which often bear ten times that of whole models; null: `train.lr`."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: str | list[str]) -> str | list[str]:
+        if not value or len(set(value)) != len(value) and value != "all":
+            raise ValueError("experts.lora.targets: name at least one projection, and each once; or say all")
+        return value
+
+
 class ExpertsConfig(Section):
     """The experts and what they are compared with."""
+
+    kind: Literal["full", "lora"] = "full"
+    """`full`: every expert has weights of its own. `lora`: an expert is the frozen seed and a low-rank delta (`experts.lora`). Seed and
+    dense baseline are always trained whole."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank deltas, for `kind: lora`."""
 
     dense: bool = True
     """Train the dense baseline: the same seed, the whole corpus, the tokens of all experts together."""
@@ -253,6 +282,24 @@ class EvaluationConfig(Section):
     """Tokens scored of a document; the rest is cut. Null: `train.sequence_length`."""
     routers: list[RouterName] = Field(["language", "tfidf", "posterior", "uniform"], min_length=1)
     """Mixtures to evaluate."""
+    top_m: list[Annotated[int, Field(ge=1)]] = []
+    """Numbers of experts kept with which each mixture is evaluated besides `ensemble.top_m`."""
+    texts: dict[str, list[str]] = {}
+    """Further sets of texts that every model reads, each under a name of its own: files `<language>.jsonl` (also .gz, .zst; patterns are
+    allowed) with `text` in each line, e.g. `udhr: data/udhr/*.jsonl`. Parallel texts compare languages, by the bits of a whole set."""
+
+    @field_validator("texts", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list(cls, value: object) -> object:
+        return {name: [files] if isinstance(files, str) else files for name, files in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("texts")
+    @classmethod
+    def _names_of_folders(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for name, files in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or not files:
+                raise ValueError(f"evaluation.texts: {name!r}: a name has letters, digits, '.', '_' and '-' alone, and at least one file")
+        return value
 
 
 class Recipe(Section):
@@ -276,6 +323,9 @@ class Recipe(Section):
     """Training of dense baseline and experts."""
     experts: ExpertsConfig = ExpertsConfig()
     """The experts and what they are compared with."""
+    rounds: list[RoundConfig] = []
+    """Rounds of hierarchical training, e.g. `[{k: 4}, {k: 8}, {k: 16}]`: each expert branches from its parent's of the round before, down
+    the tree of the clusters; the last round's experts are the run's. Empty: all branch from the seed."""
     export: ExportConfig = ExportConfig()
     """Hugging Face checkpoints."""
     ensemble: EnsembleConfig = EnsembleConfig()
@@ -312,6 +362,8 @@ class Recipe(Section):
                 "seed.load is set and tokenizer.load is not: the ids of a tokenizer trained here would mean nothing to a loaded seed. Set "
                 "tokenizer.load to the seed's"
             )
+        if self.experts.kind == "full" and self.experts.lora != LoraConfig():
+            raise ValueError("experts.lora is set and experts.kind = full, which has no deltas: set experts.kind to lora, or leave it out")
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup_steps = {train.warmup_steps} must be below train.steps = {train.steps}")
         if train.document_mask and not self.tokenizer.begin_of_document:
@@ -326,10 +378,15 @@ class Recipe(Section):
                 f"train.batch_sequences = {train.batch_sequences} is not a multiple of clusters.k = {k}, so the experts cannot share "
                 f"the batch equally: choose {near}, for example"
             )
+        if self.rounds:
+            self._check_rounds(k)
         if k and (self.ensemble.top_m or 1) > k:
             raise ValueError(
                 f"ensemble.top_m = {self.ensemble.top_m} is more than clusters.k = {k}, the number of experts: choose 1 to {k}"
             )
+        wrong = [m for m in self.evaluation.top_m if k and m > k]
+        if wrong:
+            raise ValueError(f"evaluation.top_m = {wrong[0]} is more than clusters.k = {k}, the number of experts: choose 1 to {k}")
         if self.ensemble.router == "fixed" and not self.ensemble.fixed_weights:
             raise ValueError("ensemble.fixed_weights is empty: the fixed router needs a weight for at least one cluster")
         if "fixed" in self.evaluation.routers and not self.ensemble.fixed_weights:
@@ -339,3 +396,13 @@ class Recipe(Section):
         if self.ensemble.fallback == "dense" and not self.experts.dense:
             raise ValueError("ensemble.fallback = dense needs the dense baseline: set experts.dense = true, or the fallback to seed")
         return self
+
+    def _check_rounds(self, k: int | None) -> None:
+        experts, train = self.experts, self.train
+        if experts.batch_sequences is not None:
+            raise ValueError(
+                f"experts.batch_sequences = {experts.batch_sequences} and rounds: each of a round's k experts gets "
+                "train.batch_sequences / k; leave out experts.batch_sequences"
+            )
+        check_rounds(self.rounds, k, train.batch_sequences, self.clusters.partitioner)
+        round_steps(self.rounds, experts.steps or train.steps, experts.allow_unequal_tokens)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.config import JsonDict
 
 NO_EFFECT: JsonDict = {"affects_result": False}
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
 
 class Section(BaseModel):

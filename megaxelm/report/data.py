@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megaxelm.report.measured import Forgetting, RouterRow, Statistics, TextSet
+
 
 @dataclass(frozen=True)
 class Language:
@@ -32,7 +34,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Member:
-    """One node of the lineage graph. `parent` is None for a root; tokens and steps are its own, without its ancestors'."""
+    """One node of the lineage graph. `parent` is None for a root; tokens and steps are its own, without its ancestors'; `tokens_seen` has
+    theirs too. `round` counts the branches down from the seed. `folder` is that of its training, relative to the run."""
 
     name: str
     parent: str | None
@@ -41,6 +44,9 @@ class Member:
     tokens: int | None
     steps: int | None
     weights: str | None
+    round: int | None = None
+    tokens_seen: int | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,10 @@ class RunData:
     corpus: list[CorpusLanguage] = field(default_factory=list)
     sources: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     recipe_text: str | None = None
+    forgetting: Forgetting | None = None
+    routers: dict[str, RouterRow] = field(default_factory=dict)
+    statistics: Statistics | None = None
+    texts: dict[str, TextSet] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     def model(self, key: str) -> Model | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megaxelm.errors import StageError
 from megaxelm.report.data import Account, Cluster, Clusters, CorpusLanguage, Curve, Language, Member, Model, RunData
+from megaxelm.report.measured import Forgetting, RouterRow, Statistics, TextSet, read_part
 
 _MODEL_ORDER = ("seed", "dense", "own")
 _STAGE_FOLDERS = ("corpus", "clusters", "index", "evaluation")
@@ -57,13 +58,30 @@ def load_run(run_folder: Path) -> RunData:
         settings=dict(results.mapping("settings", optional=True).values),
         account=_load_account(run_folder, results, missing),
         members=members,
-        curves=_load_curves(run_folder, [*members, *experts], missing),
+        curves=_load_curves(run_folder, members, [*members, *experts], missing),
         clusters=_load_clusters(run_folder, missing),
         corpus=corpus,
         sources=sources,
         recipe_text=recipe_text,
         missing=missing,
+        **_measured(results, missing),
     )
+
+
+def _measured(results: _Reader, missing: list[str]) -> dict[str, Any]:
+    """Forgetting, routers and statistics; absent from runs that were evaluated before they were made."""
+    try:
+        found = {
+            "forgetting": read_part(results.values, "forgetting", Forgetting),
+            "routers": read_part(results.values, "routers", dict[str, RouterRow]),
+            "statistics": read_part(results.values, "statistics", Statistics),
+        }
+        texts = read_part(results.values, "texts", dict[str, TextSet]) or {}
+    except ValueError as error:
+        raise results.error(str(error)) from None
+    if None in found.values():
+        missing.append("evaluation/results.json: forgetting, router quality and intervals; evaluate again for them")
+    return found | {"routers": found["routers"] or {}, "texts": texts}
 
 
 class _Reader:
@@ -223,20 +241,24 @@ def _load_members(run_folder: Path, missing: list[str]) -> dict[str, Member]:
             tokens=row.count("tokens"),
             steps=row.count("steps"),
             weights=row.text("weights", "") or None,
+            round=row.count("round"),
+            tokens_seen=row.count("tokens_seen"),
+            folder=row.text("folder", f"experts/{name}"),
         )
     return members
 
 
-def _load_curves(run_folder: Path, known: list[str], missing: list[str]) -> dict[str, Curve]:
-    folder = run_folder / "experts"
-    found = {path.parent.name: path for path in sorted(folder.glob("*/metrics.jsonl"))}
+def _load_curves(run_folder: Path, members: dict[str, Member], known: list[str], missing: list[str]) -> dict[str, Curve]:
+    found = {path.parent.name: path for path in sorted((run_folder / "experts").glob("*/metrics.jsonl"))}
+    elsewhere = {name: run_folder / member.folder / "metrics.jsonl" for name, member in members.items()}
+    found |= {name: path for name, path in elsewhere.items() if path.is_file()}
     order = [name for name in dict.fromkeys(known) if name in found] + [name for name in found if name not in known]
     curves = {}
     for name in order:
         curve = _curve(found[name])
         if curve.skipped_lines:
             missing.append(
-                f"experts/{name}/metrics.jsonl: {curve.skipped_lines} unreadable line(s), left by a killed training, are not drawn"
+                f"{found[name].relative_to(run_folder)}: {curve.skipped_lines} unreadable line(s), left by a killed training, are not drawn"
             )
         if curve.steps:
             curves[name] = curve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megaxelm.report.data import Member, Model, RunData
+from megaxelm.report.forgetting import tables
 from megaxelm.report.language_plots import cluster_of_language
 from megaxelm.report.svg import Drawing
 from megaxelm.report.verdict import Verdict, format_bits, format_count, judge
@@ -34,12 +36,17 @@ def render_page(run: RunData, drawings: dict[str, Drawing]) -> str:
         run=run,
         verdict=verdict,
         tone=_tone(verdict),
-        figures={name: {"svg": Markup(item.svg), "caption": item.caption} for name, item in drawings.items()},
+        figures=placed(drawings),
+        forgetting=run.forgetting,
+        **(tables(run.forgetting) if run.forgetting else {"expert_rows": [], "choice_rows": []}),
+        labels={model.key: model.label for model in run.models},
         best={language.code: _best(run.models, language.code) for language in run.languages},
         best_mean=_least([model.mean for model in run.models]),
         perplexity=lambda model, code: f"{model.perplexity[code]:.4g}" if math.isfinite(model.perplexity[code]) else "n/a",
         account=_account_rows(run),
         roots=lineage_roots(run.members),
+        rounds=max((member.round or 0 for member in run.members.values() if member.kind == "expert"), default=0),
+        deepest=max((member.round or 0 for member in run.members.values()), default=0),
         curves=run.curves,
         sources={name: _table(rows) for name, rows in run.sources.items()},
         owner=cluster_of_language(run.clusters) if run.clusters else {},
@@ -47,11 +54,18 @@ def render_page(run: RunData, drawings: dict[str, Drawing]) -> str:
     )
 
 
+def placed(drawings: dict[str, Drawing]) -> dict[str, dict[str, str]]:
+    """Figures as the templates take them: `svg` is markup, `caption` is text."""
+    return {name: {"svg": Markup(item.svg), "caption": item.caption} for name, item in drawings.items()}
+
+
 def page_environment() -> Environment:
     """Where the templates of this folder are rendered: every value is escaped, and one that is missing is an error."""
     loader = PackageLoader("megaxelm.report", package_path="")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(bits=format_bits, count=format_count, seconds=_format_seconds)
+    environment.filters.update(
+        minus=_true_minus, interval=_format_interval, percent=_format_percent, bits=format_bits, count=format_count, seconds=_format_seconds
+    )
     return environment
 
 
@@ -108,6 +122,24 @@ def _table(rows: list[dict[str, str]]) -> dict[str, list[Any]]:
     found = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in _SOURCE_ORDER if key in found] + [key for key in found if key not in _SOURCE_ORDER]
     return {"keys": keys, "rows": [[row.get(key, "") for key in keys] for row in rows]}
+
+
+def _true_minus(text: str) -> str:
+    """A sentence with true minus signs before its numbers."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+
+
+def _format_interval(value: Any) -> str:
+    """An interval's bounds as `−0.012 to +0.034`; nothing where there are none."""
+    if value is None or value.low is None or value.high is None:
+        return ""
+    return f"{format_bits(value.low, True)} to {format_bits(value.high, True)}"
+
+
+def _format_percent(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:{'+' if signed else ''}.1f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
 def _format_seconds(value: float | None) -> str:

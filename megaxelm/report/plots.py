@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from megaxelm.report.curves import draw_curves, draw_expert_curves
 from megaxelm.report.data import Model, RunData
+from megaxelm.report.forgetting import draw_forgetting, draw_parents
+from megaxelm.report.heat import draw_heat
 from megaxelm.report.language_plots import draw_corpus, draw_tree
+from megaxelm.report.router_plots import draw_routers
 from megaxelm.report.svg import (
     BLUE,
     GREEN,
@@ -31,13 +33,11 @@ from megaxelm.report.svg import (
     PURPLE,
     SKY,
     VERMILLION,
-    WIDTH,
     Drawing,
     figure_style,
     light_grid,
     new_figure,
     to_svg,
-    wrap,
 )
 from megaxelm.report.verdict import format_bits
 
@@ -65,6 +65,8 @@ def draw_models(run: RunData) -> Drawing | None:
     if own is None or base is None:
         return None
     codes = _sorted_codes(run, lambda code: own.bits[code] - base.bits[code])
+    # Variants by number of experts are in the table.
+    run = replace(run, models=[model for model in run.models if "@" not in model.key])
     marks = _marks(run.models)
     figure = new_figure(1.5 + 0.27 * len(codes))
     near, wide = figure.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])
@@ -162,36 +164,15 @@ def draw_heat_map(run: RunData) -> Drawing | None:
     rank = {name: number for number, name in enumerate(experts)}
     codes = sorted(own, key=lambda code: (rank.get(own[code], len(experts)), code))
     cells = np.array([[run.experts[name].get(code, math.nan) - base.bits[code] for name in experts] for code in codes])
-    reach = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
-    # Roots spread the small gains and the large losses over the colours; a linear scale would show the losses alone.
-    norm = FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda y: np.sign(y) * y**2), vmin=-max(reach, 1e-6), vmax=max(reach, 1e-6))
-    colours = LinearSegmentedColormap.from_list(
-        "better-worse", ["#00507f", BLUE, "#7fb8d8", "#f7f7f5", "#f0b48a", VERMILLION, "#8f3d00"]
-    ).with_extremes(bad="#c9ccd1")
-    name_width = 13 if len(experts) > 6 else 22
-    figure = new_figure(1.9 + 0.29 * len(codes), max(WIDTH, 1.6 + 0.48 * len(experts)))
-    axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(cells), aspect="auto", cmap=colours, norm=norm)
-    axes.set_yticks(range(len(codes)), codes)
-    axes.xaxis.tick_top()
-    labels = [wrap(name, name_width) for name in experts]
-    upright = max(len(line) for label in labels for line in label.split("\n")) * len(experts) <= 96
-    axes.set_xticks(range(len(experts)), labels, rotation=0 if upright else 90)
-    axes.tick_params(length=0)
-    for row in range(len(codes)):
-        for column, name in enumerate(experts):
-            value = cells[row, column]
-            shade = abs(float(norm(value)) - 0.5) if math.isfinite(value) else 0.0
-            axes.text(column, row, _cell(value), ha="center", va="center", fontsize=8.4, color="#ffffff" if shade > 0.3 else "#1b1b1b")
-            if own[codes[row]] == name:
-                axes.add_patch(Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, fill=False, edgecolor="#000000", linewidth=2.2))
-    for side in axes.spines.values():
-        side.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, aspect=30)
-    bar.set_label("difference in bits per byte")
-    ticks = [sign * reach * share for share in (1.0, 0.36, 0.09) for sign in (-1, 1)] + [0.0]
-    bar.set_ticks(sorted(ticks), labels=["0" if tick == 0 else _cell(tick) for tick in sorted(ticks)])
-    bar.outline.set_visible(False)
+    svg = draw_heat(
+        cells,
+        codes,
+        experts,
+        lambda row, column: own[codes[row]] == experts[column],
+        "difference in bits per byte",
+        "heat",
+        "Difference in bits per byte by language and expert",
+    )
     others = [cells[row, column] for row in range(len(codes)) for column, name in enumerate(experts) if own[codes[row]] != name]
     mean = float(np.nanmean(others)) if np.isfinite(others).any() else math.nan
     caption = (
@@ -202,14 +183,7 @@ def draw_heat_map(run: RunData) -> Drawing | None:
     if math.isfinite(mean):
         caption += f"; orange outside is what a wrong choice costs: {format_bits(mean, signed=True)} on average over those cells"
     caption += ". Colours go by the root of the difference, so small ones can be seen."
-    return Drawing(to_svg(figure, "heat", "Difference in bits per byte by language and expert"), caption)
-
-
-def _cell(value: float) -> str:
-    if not math.isfinite(value):
-        return "n/a"
-    text = f"{value:+.2f}" if abs(value) < 9.995 else f"{value:+.1f}"
-    return text.replace("-", "−")
+    return Drawing(svg, caption)
 
 
 def _marks(models: Sequence[Model]) -> dict[str, tuple[str, str]]:
@@ -228,5 +202,13 @@ def _sorted_codes(run: RunData, key: Callable[[str], float]) -> list[str]:
 
 
 FIGURES.update(
-    models=draw_models, heat=draw_heat_map, curves=draw_curves, expert_curves=draw_expert_curves, tree=draw_tree, corpus=draw_corpus
+    models=draw_models,
+    heat=draw_heat_map,
+    forgetting=lambda run: draw_forgetting(run.forgetting) if run.forgetting else None,
+    parents=lambda run: draw_parents(run.forgetting) if run.forgetting else None,
+    routers=lambda run: draw_routers(run.routers),
+    curves=draw_curves,
+    expert_curves=draw_expert_curves,
+    tree=draw_tree,
+    corpus=draw_corpus,
 )

@@ -13,8 +13,9 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaxelm.console import run_guarded
 from megaxelm.recipe import Recipe, load_recipe
@@ -25,6 +26,11 @@ from megaxelm.train.environment import Processes, check_compiler, check_device, 
 from megaxelm.train.extensions import extensions_folder, remove_stale_locks
 from megaxelm.train.members import Member
 from megaxelm.train.preemption import catch_signals
+
+if TYPE_CHECKING:
+    from megaxelm.train.setting import Setting
+
+Bar = Callable[[Member, int], Iterable[int]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,15 +58,40 @@ def _train(options: argparse.Namespace) -> None:
         recipe = load_recipe(path, options.set)
         run = RunFolder(Path(options.runs) / recipe.name)
     stages = Stages(run, recipe, check_sources=False)
-    processes = find_processes()
     member, made_from = stages.open_for_training(options.expert)
+    train_open(run, recipe, member, made_from, options.deepspeed_config, options.profile)
+
+
+def train_open(
+    run: RunFolder,
+    recipe: Recipe,
+    member: Member,
+    made_from: MadeFrom,
+    deepspeed_config: str | None = None,
+    profile: str | None = None,
+    train: Callable[[Setting, Bar], None] | None = None,
+) -> None:
+    """Train a model whose inputs are there, on this rank, and close its folder with its marker.
+
+    Args:
+        deepspeed_config: None: that of the recipe. profile: steps to trace, `FIRST-LAST`.
+        train: does it; None: `loop.train`.
+    """
+    processes = find_processes()
     # Held by rank 0 to the end of the process: nobody else may move or train this model meanwhile.
     with run.lock(f"experts/{member.name}") if processes.rank == 0 else contextlib.nullcontext():
-        _train_member(options, run, recipe, member, made_from, processes)
+        _train_member(run, recipe, member, made_from, processes, deepspeed_config, profile, train)
 
 
 def _train_member(
-    options: argparse.Namespace, run: RunFolder, recipe: Recipe, member: Member, made_from: MadeFrom, processes: Processes
+    run: RunFolder,
+    recipe: Recipe,
+    member: Member,
+    made_from: MadeFrom,
+    processes: Processes,
+    deepspeed_config: str | None,
+    profile: str | None,
+    train: Callable[[Setting, Bar], None] | None,
 ) -> None:
     if processes.rank == 0:
         check_compiler()
@@ -85,7 +116,7 @@ def _train_member(
         check_device(processes, torch.cuda.device_count())
     device = torch.device("cuda", processes.local_rank) if cuda else torch.device("cpu")
     ds_config = fill_ds_config(
-        find_ds_config(options.deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda
+        find_ds_config(deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda
     )
     extensions = extensions_folder()
     if processes.local_rank == 0:
@@ -93,8 +124,8 @@ def _train_member(
             print(f"removed {lock}, which a killed process left: all that needs this extension would wait for it", flush=True)
     join_process_group(cuda)  # rank 0 has settled the folder before the others look into it
     if not (run.expert(member.name) / MARKER).exists():
-        setting = Setting(run, recipe, member, ds_config, processes, device, parse_steps(options.profile) if options.profile else None)
-        loop.train(setting, _bar) if member.steps else export_seed(setting)
+        setting = Setting(run, recipe, member, ds_config, processes, device, parse_steps(profile) if profile else None)
+        (train or loop.train)(setting, _bar) if member.steps else export_seed(setting)
         if processes.rank == 0:
             run.close_expert(member.name, made_from, weights_hash(run.expert(member.name) / "export"))
             print(f"`{member.name}` is trained: {member.tokens:,} tokens; export in {run.expert(member.name)}/export", flush=True)

@@ -38,10 +38,19 @@ class Checkpoints:
         keep: newest checkpoints that stay.
         keep_every: checkpoints at multiples of so many steps stay for good.
         asynchronous: write while training goes on, from a copy of the state in memory; at most one at a time.
+        partial: parts of the model are frozen; they come from the parent and are in no checkpoint.
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, processes: Processes, *, keep: int, keep_every: int | None, asynchronous: bool
+        self,
+        folder: Path,
+        layout: Layout,
+        processes: Processes,
+        *,
+        keep: int,
+        keep_every: int | None,
+        asynchronous: bool,
+        partial: bool = False,
     ) -> None:
         self.folder = folder
         self.layout = layout
@@ -49,6 +58,7 @@ class Checkpoints:
         self.keep = keep
         self.keep_every = keep_every
         self.asynchronous = asynchronous
+        self.partial = partial
         self._saved_step = 0
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -70,7 +80,8 @@ class Checkpoints:
         if saved is None:
             return Progress(0, 0)
         if saved.layout == self.layout:
-            loaded, state = engine.load_checkpoint(str(self.folder), tag=saved.folder.name)
+            loose = {"load_module_strict": False} if self.partial else {}
+            loaded, state = engine.load_checkpoint(str(self.folder), tag=saved.folder.name, **loose)
             assert loaded is not None and state["step"] == saved.progress.step, "a verified checkpoint loads"
         else:
             self._carry_over(saved, engine)
@@ -94,7 +105,9 @@ class Checkpoints:
         state = {"step": progress.step, "samples": progress.samples}
         before, engine.checkpoint_engine = engine.checkpoint_engine, writer
         try:
-            engine.save_checkpoint(str(self.folder), tag=making(self.folder, progress.step).name, client_state=state, save_latest=False)
+            part = {"exclude_frozen_parameters": True} if self.partial else {}
+            tag = making(self.folder, progress.step).name
+            engine.save_checkpoint(str(self.folder), tag=tag, client_state=state, save_latest=False, **part)
         finally:
             engine.checkpoint_engine = before
         if self.asynchronous:

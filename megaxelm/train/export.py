@@ -12,13 +12,16 @@ from pathlib import Path
 from megaxelm.corpus.prepare import read_documents
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import CheckpointError, StageError
+from megaxelm.model.adapter_files import write_adapter
 from megaxelm.model.config import read_config
 from megaxelm.model.decoder import parameter_shapes
 from megaxelm.model.export import export_to, write_export
+from megaxelm.model.hub import open_pretrained
+from megaxelm.model.lora import adapted_source, lora_shapes
 from megaxelm.model.source import WeightSource
 from megaxelm.run import RunFolder
 from megaxelm.train.checkpoint_folder import verified
-from megaxelm.train.engine import MODEL_CONFIG, starting_weights
+from megaxelm.train.engine import MODEL_CONFIG, read_lora, starting_weights
 from megaxelm.train.setting import Setting, barrier
 from megaxelm.train.zero_state import CheckpointState
 
@@ -41,7 +44,8 @@ def export_trained(setting: Setting, tokenizer: Tokenizer) -> None:
 
 def _write(setting: Setting, source: WeightSource, tokenizer: Tokenizer) -> None:
     texts = sample_texts(setting.run, tokenizer)
-    write_export(source, setting.folder / "export", setting.recipe.export.dtype, setting.run.folder("tokenizer"), texts)
+    write = write_export if source.adapter is None else write_adapter
+    write(source, setting.folder / "export", setting.recipe.export.dtype, setting.run.folder("tokenizer"), texts)
 
 
 def is_checkpoint_path(path: Path) -> bool:
@@ -50,7 +54,7 @@ def is_checkpoint_path(path: Path) -> bool:
     return _CHECKPOINTS in (path.name, path.parent.name)
 
 
-def export_checkpoint_folder(path: Path, output: Path, dtype: str) -> Path:
+def export_checkpoint_folder(path: Path, output: Path, dtype: str, to: str = "hf") -> Path:
     """Write a checkpoint of a run as a Hugging Face folder with the run's tokenizer, and compare logits.
 
     Args:
@@ -69,12 +73,14 @@ def export_checkpoint_folder(path: Path, output: Path, dtype: str) -> Path:
     run = RunFolder(tag.parents[3])
     tokenizer_folder = run.folder("tokenizer")
     tokenizer = Tokenizer.load(tokenizer_folder)
-    export_to(open_checkpoint(tag), output, dtype, tokenizer_folder, sample_texts(run, tokenizer))
+    export_to(open_checkpoint(tag), output, dtype, tokenizer_folder, sample_texts(run, tokenizer), to)
     return tag
 
 
 def open_checkpoint(tag: Path) -> WeightSource:
     """The fp32 weights of a checkpoint folder of a run, with the configuration that its training left beside the checkpoints.
+
+    Of low-rank deltas the source has them apart in `adapter`; their base must lie where it did.
 
     Raises:
         CheckpointError: not readable, or not of that configuration.
@@ -82,7 +88,8 @@ def open_checkpoint(tag: Path) -> WeightSource:
     """
     state = CheckpointState.open(tag)
     config = read_config(tag.parents[1] / MODEL_CONFIG)
-    shapes = parameter_shapes(config)
+    deltas = read_lora(tag.parents[1])
+    shapes = parameter_shapes(config) if deltas is None else lora_shapes(config, deltas[0])
     found = {name: state.shape(name) for name in state.names}
     if found != shapes:
         other = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
@@ -90,7 +97,10 @@ def open_checkpoint(tag: Path) -> WeightSource:
             f"{tag}: {other[0]} has shape {found.get(other[0])}, {MODEL_CONFIG} asks for {shapes.get(other[0])}; checkpoint and "
             "configuration are not of one training"
         )
-    return WeightSource(config, state.weight)
+    if deltas is None:
+        return WeightSource(config, state.weight)
+    lora, base = deltas
+    return adapted_source(open_pretrained(base), lora, state.weight, base)
 
 
 def _newest(checkpoints: Path) -> Path:

@@ -38,10 +38,10 @@ def fill_engine(
     moments: Callable[[str], dict[str, Tensor]] | None,
     optimizer_step: int,
 ) -> None:
-    """Set weights and optimiser state. Every rank calls it; no rank waits for another.
+    """Set weights and optimiser state of what is trained. Every rank calls it; no rank waits for another.
 
     Args:
-        weight: full fp32 parameter by name, on the CPU; asked once for each in the order of the model.
+        weight: full fp32 parameter by name, on the CPU; asked once for each that is trained, in the order of the model.
         moments: full `exp_avg` and `exp_avg_sq` by name; None: as if no step was taken.
         optimizer_step: updates that Adam has done, for its bias correction.
 
@@ -54,6 +54,8 @@ def fill_engine(
     if moments is None:
         _clear(adam)
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         full = weight(name)
         _check_shape(name, full, parameter)
         place = places.get(id(parameter))
@@ -66,6 +68,16 @@ def fill_engine(
                     _copy(place, _state(adam, place.master, optimizer_step)[key], moment)
     if moments is not None and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@torch.no_grad()
+def fill_frozen(engine: Any, weight: Callable[[str], Tensor]) -> None:
+    """Set what is not trained, of which there is no other copy than the one that the model computes with. As `fill_engine`."""
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            full = weight(name)
+            _check_shape(name, full, parameter)
+            _fill_low_precision(parameter, full)
 
 
 def _copy(place: _Place, target: Tensor, full: Tensor) -> None:

@@ -38,9 +38,12 @@ _POLL_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How `megaxelm train` starts the trainings. `hostfile`: nodes reached by ssh; then one model trains at a time, on all of them."""
+    """How trainings are started. `hostfile`: nodes reached by ssh; then one model trains at a time, on all of them. `module`: the program
+    that
+    trains a model, with the arguments of `megaxelm.train`."""
 
     hostfile: Path | None = None
+    module: str = "megaxelm.train"
 
 
 @dataclass
@@ -214,7 +217,7 @@ def _start(run: RunFolder, recipe: Recipe, member: Member, slices: Sequence[list
     env = child_environment(len(slices) * recipe.train.num_devices)
     if devices is not None:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    command = training_command(recipe, ["megaxelm.train", str(run.path.resolve()), "--expert", member.name], devices, options.hostfile)
+    command = training_command(recipe, [options.module, str(run.path.resolve()), "--expert", member.name], devices, options.hostfile)
     folder = run.expert(member.name)
     (folder / STOP_FILE).unlink(missing_ok=True)  # a request to an earlier attempt
     begin_attempt(folder)

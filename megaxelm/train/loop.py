@@ -17,9 +17,10 @@ from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import Preempted, TrainError
 from megaxelm.files import write_json
 from megaxelm.model.decoder import Decoder
+from megaxelm.model.lora import lora_parameters
 from megaxelm.train.checkpoint import Checkpoints, Layout, Progress
 from megaxelm.train.ds_config import offloads
-from megaxelm.train.engine import build_model, fill_engine, start_engine, starting_weights
+from megaxelm.train.engine import build_model, fill_engine, fill_frozen, start_engine, starting_weights
 from megaxelm.train.evaluation import HeldOut
 from megaxelm.train.export import export_trained
 from megaxelm.train.finite import guard
@@ -36,11 +37,18 @@ from megaxelm.train.ulysses import Exchange, check_sequence_parallel, sequence_g
 from megaxelm.train.watchdog import Watchdog
 
 
-def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]) -> None:
+def train(
+    setting: Setting,
+    progress_bar: Callable[[Member, int], Iterable[int]],
+    make_steps: Callable[..., Steps] = Steps,
+    prepare: Callable[[Decoder], None] | None = None,
+) -> None:
     """Train to the last step, resuming from the newest complete checkpoint, and export. Runs on every rank.
 
     Args:
         progress_bar: steps from the given one on, with a bar; used on rank 0.
+        make_steps: makes the steps, with the arguments of `Steps`; another loss is a class of its own.
+        prepare: called with the model before the engine is made around it.
     """
     recipe, member = setting.recipe, setting.member
     config = recipe.train
@@ -52,7 +60,7 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     blend = Blend(streams, member.sequence_length, member.language_alpha, sample_seed, config.language_weights)
     before = memory(setting.device)
     source = starting_weights(setting, tokenizer)
-    model = build_model(setting, source.config)
+    model = build_model(setting, source.config, None if source.adapter is None else source.adapter.lora)
     options = forward_options(config, model.config, setting.device)
     every = config.activation_checkpointing
     model.enable_activation_checkpointing(every if isinstance(every, int) else int(every == "full"))
@@ -64,24 +72,29 @@ def train(setting: Setting, progress_bar: Callable[[Member, int], Iterable[int]]
     if config.compile:
         for layer in model.layers:
             layer.compile()
+    if prepare is not None:
+        prepare(model)
     held_out = HeldOut(setting, blend.streams, tokenizer, options) if config.evaluate_every else None
-    engine = start_engine(setting, model)
+    engine = start_engine(setting, model, source.adapter)
     guard(engine)
     shared = dict(options)
     if config.sequence_parallel > 1:
         shared["exchange"] = Exchange(sequence_group(setting.processes, config.sequence_parallel))
-    checkpoints = _checkpoints(setting)
+    checkpoints = _checkpoints(setting, partial=source.adapter is not None)
+    if source.adapter is not None:
+        fill_frozen(engine, source.part)  # checkpoints hold what is trained
     start = checkpoints.resume(engine)
     if start.step == 0:
-        fill_engine(engine, source.weight, None, 0)
+        fill_engine(engine, source.part, None, 0)
     if setting.is_first:
         _record_choices(setting, model, options, start, before)
     metrics = Metrics(setting.folder, start.step, engine.monitor) if setting.is_first else None
     bar = progress_bar(member, start.step) if setting.is_first else range(start.step, member.steps)
     stop = StopRequest(setting.folder, setting.processes.rank, setting.processes.world_size)
     with Watchdog(config.hang_seconds) as watchdog:
-        meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops)
-        loop = Loop(setting, Steps(setting, engine, blend, shared, meter), checkpoints, metrics, start.step)
+        deltas = 0 if source.adapter is None else lora_parameters(model.config, source.adapter.lora)
+        meter = Meter(model.config, member.sequence_length, setting.processes.world_size, setting.device, config.peak_tflops, deltas)
+        loop = Loop(setting, make_steps(setting, engine, blend, shared, meter), checkpoints, metrics, start.step)
         with Profile(setting.folder / "profile", setting.profile, setting.processes.rank) as profile:
             loop.run(bar, stop, watchdog, held_out, profile)
     checkpoints.finish()
@@ -259,7 +272,7 @@ class _Window:
         return found
 
 
-def _checkpoints(setting: Setting) -> Checkpoints:
+def _checkpoints(setting: Setting, partial: bool) -> Checkpoints:
     config, stage = setting.recipe.train, setting.ds_config["zero_optimization"]["stage"]
     return Checkpoints(
         setting.folder / "checkpoints",
@@ -268,6 +281,7 @@ def _checkpoints(setting: Setting) -> Checkpoints:
         keep=config.keep_checkpoints,
         keep_every=config.keep_every,
         asynchronous=config.async_checkpoints,
+        partial=partial,
     )
 
 
@@ -293,7 +307,8 @@ def _record_choices(setting: Setting, model: Decoder, options: dict[str, Any], s
         "loss": "chunks of a memory budget" if config.loss_chunk_rows is None else f"chunks of {config.loss_chunk_rows} rows",
         "micro_batch_size": setting.ds_config["train_micro_batch_size_per_gpu"],
         "gradient_accumulation_steps": setting.ds_config["gradient_accumulation_steps"],
-        "parameters": sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()),
+        "parameters": _count(model.parameters()),
+        "trained_parameters": _count(parameter for parameter in model.parameters() if parameter.requires_grad),
         "resumed_from_step": start.step,
         "resident_at_start": before.get("resident", 0),
         "torch": torch.__version__,
@@ -301,3 +316,8 @@ def _record_choices(setting: Setting, model: Decoder, options: dict[str, Any], s
     }
     write_json(setting.folder / "choices.json", choices | {"deepspeed_config": setting.ds_config})
     print(f"{member.name}: " + ", ".join(f"{key} {value}" for key, value in choices.items()), flush=True)
+
+
+def _count(parameters: Iterable[Any]) -> int:
+    """Numbers in some parameters; under ZeRO-3 one that is divided is empty itself."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters)

@@ -1,6 +1,7 @@
-"""What is trained: seed, dense baseline and one expert a cluster, as a graph in which each knows its parent; and the account of tokens.
+"""What is trained: seed, dense baseline and the experts of each round, as a graph in which each knows its parent; the account of tokens.
 
-Equal compute (paper, section 4.1): the dense model gets the whole batch, each of k experts 1/k of the batch for the same steps.
+Equal compute (paper, section 4.1): the dense model gets the whole batch, each of k experts 1/k of the batch for the same steps. With rounds
+the steps of all rounds together are those of the dense model.
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megaxelm.errors import RecipeError, TrainError
-from megaxelm.recipe import Recipe, result_settings
+from megaxelm.files import read_json
+from megaxelm.recipe import LoraConfig, Recipe, result_settings
+from megaxelm.run import RunFolder
+from megaxelm.train.rounds import Level, expected_levels, plan_rounds
 
 _RATE = ("lr", "schedule", "warmup_steps", "final_lr_ratio", "decay_share", "language_alpha")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the run and how it is trained. `clusters` is None for the whole corpus; a loaded seed has `steps` 0."""
+    """One model of the run and how it is trained. `clusters` is None for the whole corpus; a loaded seed has `steps` 0.
+
+    `round`: 0 for the seed, 1 for what branches from it, one more for each expert further down. An expert of a round before the last holds
+    the clusters of all that branch from it.
+    """
 
     name: str
     kind: Literal["seed", "dense", "expert"]
@@ -32,6 +40,12 @@ class Member:
     final_lr_ratio: float
     decay_share: float
     language_alpha: float
+    round: int = 1
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether this is the expert of a cluster, and so one of the ensemble; experts of rounds before the last are not."""
+        return self.kind == "expert" and self.clusters == (self.name,)
 
     @property
     def tokens(self) -> int:
@@ -40,17 +54,36 @@ class Member:
 
     def sample_seed(self, seed: int) -> int:
         """Seed of the sample order and the dropout: what branches reads in another order than its parent did."""
-        return 2 * seed + (self.parent is not None)
+        # `train.seed` is below 2^32, so seeds of later rounds are no other recipe's.
+        return 2 * seed + (self.parent is not None) + (max(self.round, 1) - 1) * 2**33
 
 
-def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Member]:
-    """Every member of the run, parents before children.
+def members_of_run(run: RunFolder, recipe: Recipe) -> dict[str, Member]:
+    """Every member of a run whose clusters are made, as `plan_members`.
+
+    Raises:
+        StageError: the clusters are missing, or made for other rounds.
+    """
+    report = read_json(run.folder("clusters") / "report.json", names=list)
+    return plan_members(recipe, report["names"], report.get("rounds", {}).get("levels", []))
+
+
+def expected_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Member]:
+    """Members of a run whose clusters are not made yet: right in number, order and size, with stand-ins for names that are not known."""
+    return plan_members(recipe, cluster_names, expected_levels(recipe, cluster_names))
+
+
+def plan_members(recipe: Recipe, cluster_names: Sequence[str], levels: Sequence[Level] = ()) -> dict[str, Member]:
+    """Every member of the run: seed, dense, then the experts round by round, so parents before children.
+
+    Args:
+        levels: divisions of the rounds before the last, coarsest first (`rounds.levels` of the clusters' report).
 
     Raises:
         RecipeError: a batch that cannot be shared, or totals that are not equal although they must be.
+        StageError: `levels` are not those of the recipe's rounds.
     """
     train, seed = recipe.train, recipe.seed
-    k = len(cluster_names)
     if train.language_weights:
         given = {
             "train.language_alpha": train.language_alpha,
@@ -64,34 +97,38 @@ def plan_members(recipe: Recipe, cluster_names: Sequence[str]) -> dict[str, Memb
                 )
 
     def member(
-        name: str, kind: Literal["seed", "dense", "expert"], clusters: tuple[str, ...] | None, steps: int, batch: int, **other: Any
+        name: str,
+        kind: Literal["seed", "dense", "expert"],
+        clusters: tuple[str, ...] | None,
+        steps: int,
+        batch: int,
+        parent: str | None = "seed",
+        number: int = 1,
+        **other: Any,
     ) -> Member:
         values: dict[str, Any] = {key: getattr(train, key) for key in (*_RATE, "sequence_length")}
         values |= {key: value for key, value in other.items() if value is not None}
         if values["warmup_steps"] >= steps > 0:
             field = "seed.warmup_steps" if kind == "seed" else "train.warmup_steps"
+            if recipe.rounds and kind == "expert":
+                field = f"warmup_steps of round {number} (train.warmup_steps, or its own in rounds)"
             raise RecipeError(f"{field} = {values['warmup_steps']} must be below the {steps} steps of `{name}`")
-        return Member(name, kind, None if kind == "seed" else "seed", clusters, steps, batch, **values)
-
-    expert_batch = recipe.experts.batch_sequences
-    if expert_batch is None:
-        if train.batch_sequences % k:
-            raise RecipeError(
-                f"train.batch_sequences = {train.batch_sequences} is not a multiple of the {k} clusters, so the experts cannot share "
-                f"the batch equally: choose {max(k, round(train.batch_sequences / k) * k)}, for example"
-            )
-        expert_batch = train.batch_sequences // k
-    expert_steps = recipe.experts.steps or train.steps
+        return Member(name, kind, parent, clusters, steps, batch, round=number, **values)
 
     seed_steps = 0 if seed.load else (seed.steps or train.steps)
     overrides = {key: getattr(seed, key) for key in _RATE}
-    members = {"seed": member("seed", "seed", None, seed_steps, train.batch_sequences, **overrides)}
+    members = {"seed": member("seed", "seed", None, seed_steps, train.batch_sequences, None, 0, **overrides)}
     if recipe.experts.dense:
         members["dense"] = member("dense", "dense", None, train.steps, train.batch_sequences)
-    for name in cluster_names:
-        if name in members:
-            raise RecipeError(f"a cluster is named `{name}`, which is taken: rename the language or cluster")
-        members[name] = member(name, "expert", (name,), expert_steps, expert_batch)
+    parents = dict.fromkeys(cluster_names, "seed")
+    lora_rate = {"lr": recipe.experts.lora.lr} if recipe.experts.kind == "lora" else {}
+    for number, item in enumerate(plan_rounds(recipe, cluster_names, levels), 1):
+        for name, clusters in item.experts.items():
+            if name in members:
+                raise RecipeError(f"a cluster is named `{name}`, which is taken: rename the language or cluster")
+            rate = item.rate | lora_rate
+            members[name] = member(name, "expert", clusters, item.steps, item.batch_sequences, parents[clusters[0]], number, **rate)
+        parents = {cluster: name for name, clusters in item.experts.items() for cluster in clusters}
     _check_equal(recipe, members)
     return members
 
@@ -118,7 +155,10 @@ def check_language_weights(recipe: Recipe, languages: Collection[str]) -> None:
 
 
 def account(members: dict[str, Member]) -> dict[str, Any]:
-    """Training tokens by member: {seed_tokens, dense_tokens, expert_tokens: {name: n}, experts_total, total, equal}."""
+    """Training tokens by member: {seed_tokens, dense_tokens, expert_tokens: {name: n}, experts_total, total, equal}.
+
+    The experts are those of all rounds, each with the tokens of its own training.
+    """
     experts = {name: item.tokens for name, item in members.items() if item.kind == "expert"}
     dense = members["dense"].tokens if "dense" in members else None
     total = sum(experts.values())
@@ -135,11 +175,14 @@ def account(members: dict[str, Member]) -> dict[str, Any]:
 def account_text(members: dict[str, Member]) -> str:
     """The account in words, for the console."""
     table = account(members)
-    each = sorted(set(table["expert_tokens"].values()))
     parts = [f"seed {table['seed_tokens']:,}"]
     if table["dense_tokens"] is not None:
         parts.append(f"dense {table['dense_tokens']:,}")
-    parts.append(f"{len(table['expert_tokens'])} experts x {' to '.join(f'{n:,}' for n in each)} = {table['experts_total']:,}")
+    rounds = []
+    for number in range(1, 1 + max((item.round for item in members.values()), default=0)):
+        tokens = [item.tokens for item in members.values() if item.kind == "expert" and item.round == number]
+        rounds.append(f"{len(tokens)} experts x {' to '.join(f'{n:,}' for n in sorted(set(tokens)))}")
+    parts.append(f"{', then '.join(rounds)} = {table['experts_total']:,}")
     verdict = (
         "" if table["dense_tokens"] is None else (" (equal)" if table["equal"] else " (NOT equal, as experts.allow_unequal_tokens asks)")
     )
@@ -155,6 +198,11 @@ def _check_equal(recipe: Recipe, members: dict[str, Member]) -> None:
         )
 
 
+def lora_settings(recipe: Recipe, member: Member) -> LoraConfig | None:
+    """The low-rank deltas that a member is trained as; None where it has weights of its own."""
+    return recipe.experts.lora if recipe.experts.kind == "lora" and member.kind == "expert" else None
+
+
 def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
     """What the trained weights of a member depend on in the recipe, for its marker."""
     if member.kind == "seed" and recipe.seed.load:
@@ -167,7 +215,13 @@ def member_settings(recipe: Recipe, member: Member) -> dict[str, Any]:
         common["micro_batch_size"] = recipe.train.micro_batch_size
     if member.parent is not None:
         model = {key: model[key] for key in ("dropout", "attention_dropout")}
-    return {"member": asdict(member), "train": common, "model": model, "export": result_settings(recipe.export)}
+    own = asdict(member)
+    if member.round <= 1:
+        del own["round"]  # as in the markers of runs that know of no rounds
+    settings = {"member": own, "train": common, "model": model, "export": result_settings(recipe.export)}
+    lora = lora_settings(recipe, member)
+    # Of a member with weights of its own the marker is what it was before there were deltas.
+    return settings if lora is None else settings | {"lora": result_settings(lora)}
 
 
 def find_member(members: dict[str, Member], name: str) -> Member:
@@ -179,3 +233,27 @@ def find_member(members: dict[str, Member], name: str) -> Member:
     if name not in members:
         raise TrainError(f"--expert {name}: this run has {', '.join(members)}")
     return members[name]
+
+
+def line_of(members: dict[str, Member], name: str) -> list[str]:
+    """A member and those it comes from, the seed first."""
+    line: list[str] = []
+    at: str | None = name
+    while at is not None:
+        line.insert(0, at)
+        at = members[at].parent
+    return line
+
+
+def training_rounds(members: dict[str, Member], only: str | None = None) -> list[list[str]]:
+    """Names of what is trained after the seed, round by round. The dense model is of the last one, or later rounds would wait for it.
+
+    Args:
+        only: this member and those it comes from.
+    """
+    last = max(member.round for member in members.values())
+    wanted = members if only is None else line_of(members, only)
+    rounds: list[list[str]] = [[] for _ in range(last + 1)]
+    for name in wanted:
+        rounds[last if members[name].kind == "dense" else members[name].round].append(name)
+    return rounds[1:]

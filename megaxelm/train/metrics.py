@@ -44,12 +44,22 @@ class Meter:
         config: of the model that is trained.
         sequence_length: tokens of a window; what a token sees is counted by it as long as no batch was.
         peak: dense peak of a device in TFLOP/s where the recipe gives one (train.peak_tflops).
+        delta_parameters: of a model that is trained as low-rank deltas.
     """
 
-    def __init__(self, config: DecoderConfig, sequence_length: int, world_size: int, device: torch.device, peak: float | None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        sequence_length: int,
+        world_size: int,
+        device: torch.device,
+        peak: float | None,
+        delta_parameters: int = 0,
+    ) -> None:
         self.config, self.sequence_length, self.world_size, self.device = config, sequence_length, world_size, device
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.peak = peak_tflops(self.device_name, peak)
+        self.delta_parameters = delta_parameters
         self._began = self._since = time.monotonic()
         self._waited = 0.0
         self._pairs = self._tokens = 0
@@ -81,7 +91,7 @@ class Meter:
         used = memory(self.device)
         largest = self._max_over_ranks([self._waited / seconds, *map(float, used.values())])
         speed = tokens / seconds
-        tflops = speed / self.world_size * token_flops(self.config, seen) / 1e12
+        tflops = speed / self.world_size * token_flops(self.config, seen, self.delta_parameters) / 1e12
         line = dict(known) | {
             "tokens_per_second": speed,
             "tokens_per_second_per_device": speed / self.world_size,

@@ -92,13 +92,11 @@ def _copy(source: Path, target: Path, wanted: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from megaxelm.files import read_json
-    from megaxelm.train.members import find_member, plan_members
+    from megaxelm.train.members import find_member, members_of_run
 
     def stage() -> None:
         run, name, place = RunFolder(arguments[0]), arguments[1], Path(arguments[2])
-        names = read_json(run.folder("clusters") / "report.json", names=list)["names"]
-        stage_index(run, find_member(plan_members(run.recipe(), names), name).clusters, place)
+        stage_index(run, find_member(members_of_run(run, run.recipe()), name).clusters, place)
 
     return run_guarded(stage)
 

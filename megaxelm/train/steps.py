@@ -18,6 +18,7 @@ from megaxelm.corpus.packing import IGNORED, PackedBatch, pack
 from megaxelm.corpus.sampling import Blend
 from megaxelm.errors import TrainError
 from megaxelm.files import hash_value
+from megaxelm.train.members import lora_settings
 from megaxelm.train.metrics import Meter
 from megaxelm.train.schedule import learning_rate
 from megaxelm.train.setting import Setting, sum_over_ranks
@@ -99,6 +100,7 @@ class Steps:
                 labels=batch.labels,
                 dropout=self._dropout(batch, step, member.sample_seed(config.seed)),
                 **self.options,
+                **self.loss_options(batch),
             )
             self._add_by_language(by_language, batch, output.token_losses)
             engine.backward(output.loss_sum * (setting.processes.world_size * len(batches) / targets))
@@ -110,6 +112,10 @@ class Steps:
         tokens = member.batch_sequences * member.sequence_length
         applied = bool(engine.was_step_applied())
         return StepResult(tokens, lr, float(norm) if applied and norm is not None else None, by_language, applied)
+
+    def loss_options(self, batch: PackedBatch) -> dict[str, Any]:
+        """Further arguments of the model's forward pass on a batch, for a training with another loss."""
+        return {}
 
     def _add_by_language(self, sums: torch.Tensor, batch: PackedBatch, token_losses: torch.Tensor) -> None:
         numbers = torch.tensor([self.languages.index(language) for language in batch.languages]).to(sums.device, non_blocking=True)
@@ -137,7 +143,8 @@ class Steps:
         if model.attention_dropout:
             # The backends draw attention dropout from torch's generator: the same seed at the same place makes a resumed run repeat it.
             torch.manual_seed(int(hash_value([seed, step, int(batch.sample_ids[0])])[:15], 16))
-        if not model.dropout and not model.attention_dropout:
+        lora = lora_settings(self.setting.recipe, self.setting.member)
+        if not model.dropout and not model.attention_dropout and not (lora and lora.dropout):
             return None
         tokens, place = batch.tokens.shape[0], self.setting.processes.rank % self.setting.recipe.train.sequence_parallel
         positions = torch.arange(place * tokens, (place + 1) * tokens, device=batch.tokens.device) % self.setting.member.sequence_length

@@ -38,10 +38,12 @@ def peak_tflops(device_name: str, given: float | None = None) -> float | None:
 
 
 def matmul_parameters(config: DecoderConfig) -> int:
-    """Parameters that are multiplied with every token: the matrices of all layers, and the head once."""
+    """Parameters that are multiplied with a token: the matrices of all layers (of a layer's experts the chosen ones), and the head once."""
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = config.hidden_size * (heads + 2 * kv_heads) + heads * config.hidden_size
     mlp = (3 if config.activation == "silu_gated" else 2) * config.hidden_size * config.intermediate_size
+    if config.num_experts:
+        mlp = config.experts_per_token * mlp + config.num_experts * config.hidden_size
     return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
 
 
@@ -55,9 +57,13 @@ def _attended(length: int, window: int) -> int:
     return inside * (inside + 1) // 2 + (length - inside) * window
 
 
-def token_flops(config: DecoderConfig, seen: float) -> float:
+def token_flops(config: DecoderConfig, seen: float, delta_parameters: int = 0) -> float:
     """Model FLOPs of one token, forward and backward, that sees `seen` tokens on average, itself included.
 
-    A pair costs 4 head_dim FLOPs a head forward (score and sum), and twice that backward.
+    A pair costs 4 head_dim FLOPs a head forward (score and sum), and twice that backward. Of a model that is trained as low-rank deltas of
+    `delta_parameters` numbers, the base has no gradient of its weights, so 4 FLOPs a parameter.
     """
-    return 6.0 * matmul_parameters(config) + 12.0 * config.num_layers * config.num_heads * config.head_dim * seen
+    matrices = 6.0 * matmul_parameters(config)
+    if delta_parameters:
+        matrices = 4.0 * matmul_parameters(config) + 6.0 * delta_parameters
+    return matrices + 12.0 * config.num_layers * config.num_heads * config.head_dim * seen

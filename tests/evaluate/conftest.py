@@ -99,3 +99,9 @@ def make_run(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def make_recipe() -> Callable[..., Recipe]:
     return recipe_of
+
+
+@pytest.fixture(scope="session")
+def run_writer() -> Callable[[Path, str], None]:
+    """`write_run`, for fixtures of a module."""
+    return write_run

@@ -17,8 +17,10 @@ from megaxelm.ensemble.generation import generate
 from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.stage import build_ensemble, language_experts, mean_centres
 from megaxelm.errors import MegaxelmError
-from megaxelm.evaluate.perplexity import HeldOut, read_held_out, score_streams
-from megaxelm.evaluate.stage import evaluate_run, own_experts
+from megaxelm.evaluate.documents import document_nats
+from megaxelm.evaluate.perplexity import read_held_out
+from megaxelm.evaluate.stage import evaluate_run
+from megaxelm.evaluate.subjects import own_experts
 from megaxelm.recipe import Recipe
 
 MakeRun = Callable[..., Path]
@@ -191,7 +193,7 @@ class CuttingTokenizer:
 
 def test_held_out_counts_the_bytes_of_the_cut_text_of_the_first_documents(make_run: MakeRun) -> None:
     run = make_run("language")
-    held_out = read_held_out(run / "corpus", ["ja", "ru"], CuttingTokenizer(), 2, 8)  # type: ignore[arg-type]
+    held_out = read_held_out(dict.fromkeys(("ja", "ru"), run / "corpus" / "valid"), CuttingTokenizer(), 2, 8)  # type: ignore[arg-type]
     assert held_out["ja"].ids == [list("猫が".encode()), list("犬が".encode())]
     assert (held_out["ja"].bytes, held_out["ja"].tokens, held_out["ru"].bytes) == (12, 12, 15)
 
@@ -200,7 +202,7 @@ def test_documents_of_which_nothing_is_left_are_passed_over(make_run: MakeRun) -
     run = make_run("language")
     lines = [json.dumps({"text": text, "id": text, "language": "ru"}) for text in ("ж", "a")]
     (run / "corpus" / "valid" / "ru.jsonl").write_text("\n".join(lines) + "\n")
-    assert read_held_out(run / "corpus", ["ru"], CuttingTokenizer(), 5, 1)["ru"].ids == [[ord("a")]]  # type: ignore[arg-type]
+    assert read_held_out({"ru": run / "corpus" / "valid"}, CuttingTokenizer(), 5, 1)["ru"].ids == [[ord("a")]]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty"])
@@ -249,5 +251,5 @@ def test_own_expert_is_where_most_tokens_of_the_language_are() -> None:
 
 
 def test_broken_weights_are_an_error_and_not_a_number_in_the_table() -> None:
-    with pytest.raises(MegaxelmError, match="'de'.*train it again"):
-        score_streams(HeldOut("de", [[5, 6]], [2]), [torch.tensor([-1.0, math.nan])])
+    with pytest.raises(MegaxelmError, match="`seed`.*'de'.*train it again"):
+        document_nats("seed", "de", [torch.tensor([-1.0, math.nan])])

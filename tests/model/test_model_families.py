@@ -55,6 +55,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"num_key_value_heads": 6, "vocab_size": 299, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "mixtral": ("Mixtral", {"num_key_value_heads": 2, "vocab_size": 257, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-tied-window-one-expert-a-token": (
+        "Mixtral",
+        {
+            "num_key_value_heads": 6,
+            "vocab_size": 131,
+            "head_dim": 16,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "sliding_window": 7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_key_value_heads": 2,
+            "vocab_size": 300,
+            "head_dim": 16,
+            "moe_intermediate_size": 40,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
     "xglm": ("XGLM", {"vocab_size": 301}),
     "xglm-tanh-unscaled-untied": (
         "XGLM",
@@ -143,6 +168,9 @@ def test_rope_theta_in_the_old_place_is_read() -> None:
         ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
         ({"model_type": "llama", "hidden_act": "relu"}, "hidden_act"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, "num_hidden_layers": 4}, "max_window_layers"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "experts_per_token = 3 of num_experts = 2"),
         ({"model_type": "xglm", "activation_function": "relu"}, "activation_function"),
         ({"model_type": "xglm", "layerdrop": 0.1}, "layerdrop"),
         ({"model_type": "llama", "vocab_size": "many"}, "vocab_size"),
@@ -158,7 +186,7 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(raw: dict[str, Any], 
 def test_an_unknown_family_lists_the_known() -> None:
     from megaxelm.model.families import get_family
 
-    with pytest.raises(ModelError, match="gpt2.*llama, mistral, qwen2, qwen3, xglm"):
+    with pytest.raises(ModelError, match="gpt2.*llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, xglm"):
         get_family("gpt2")
 
 

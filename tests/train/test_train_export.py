@@ -80,7 +80,7 @@ def damage_shapes(checkpoints: Path) -> None:
         (damage_file, ["6"], CheckpointError, "mp_rank_00_model_states.pt: damaged since"),
         (damage_shapes, ["6"], CheckpointError, r"has shape \(64, 32\), model_config.json asks for \(32, 32\)|has shape \(32, 64\)"),
         (lambda folder: (folder.parent / "model_config.json").unlink(), ["6"], ModelError, "model_config.json: not readable"),
-        (lambda folder: None, ["6", "--to", "gguf"], StageError, "--to gguf: hf is the only format"),
+        (lambda folder: None, ["6", "--to", "gguf"], StageError, "--to gguf: choose hf or adapter"),
         (lambda folder: None, ["6", "--expert", "seed"], StageError, "leave --expert out"),
         (lambda folder: None, ["6", "--dtype", "int8"], ModelError, "choose float32 or bfloat16"),
         (lambda folder: (folder.parents[4] / "out").mkdir(), ["6"], ModelError, "exists already"),

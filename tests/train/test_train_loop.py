@@ -126,7 +126,8 @@ def test_evaluation_while_training_gives_the_bits_of_the_exported_model(indexed_
     scores = lines[-1]["evaluation_bits_per_byte"]
     model, tokenizer = load_pretrained(indexed_run / "experts" / "seed" / "export"), Tokenizer.load(indexed_run / "tokenizer")
     expected = {}
-    for language, held_out in read_held_out(indexed_run / "corpus", ["bg", "de", "en", "ru"], tokenizer, 3, 31).items():
+    folders = {language: indexed_run / "corpus" / "valid" for language in ("bg", "de", "en", "ru")}
+    for language, held_out in read_held_out(folders, tokenizer, 3, 31).items():
         nats = 0.0
         for ids in held_out.ids:
             tokens = torch.tensor([tokenizer.start_id, *ids])

@@ -49,9 +49,15 @@ class TfidfRouter(BaseRouter):
 
     def of_vectors(self, vectors: Tensor) -> Tensor:
         """Log weights [..., experts] of text vectors [..., dimensions]; a zero vector is a text that nothing is known of."""
+        return self.of_distances(*self.distances(vectors))
+
+    def distances(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distances [..., trained experts] of text vectors [..., dimensions], and whether anything is known of the text [...]."""
         vectors = vectors.to(torch.float64)
-        distance = (vectors.unsqueeze(-2) - self.centres).square().sum(-1)
-        known = vectors.abs().amax(-1) > 0
+        return (vectors.unsqueeze(-2) - self.centres).square().sum(-1), vectors.abs().amax(-1) > 0
+
+    def of_distances(self, distance: Tensor, known: Tensor) -> Tensor:
+        """Log weights [..., experts] of what `distances` gives."""
         log_w = torch.where(known.unsqueeze(-1), self.log_weights(distance), -math.log(self.centres.shape[0]))
         if self.trust is None:
             return log_w

@@ -1,7 +1,7 @@
 """The Hugging Face families the decoder can be: each module maps configuration and tensor names both ways.
 
 A family module has `MODEL_TYPE`, `config_from_hf(raw)`, `config_to_hf(config)`, `MODULES` (our module name -> theirs, `{i}` is the
-layer) and `IGNORED` (patterns of tensors in old checkpoints that are no weights).
+layer, `{e}` an expert of the layer) and `IGNORED` (patterns of tensors in old checkpoints that are no weights).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from megaxelm.errors import ModelError
 from megaxelm.model.config import DecoderConfig
-from megaxelm.model.families import llama, mistral, qwen2, qwen3, xglm
+from megaxelm.model.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, xglm
 
 
 class Family(Protocol):
@@ -26,7 +26,8 @@ class Family(Protocol):
     def config_to_hf(self, config: DecoderConfig) -> Any: ...
 
 
-FAMILIES: dict[str, Family] = {module.MODEL_TYPE: cast(Family, module) for module in (llama, mistral, qwen2, qwen3, xglm)}
+_MODULES = (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, xglm)
+FAMILIES: dict[str, Family] = {module.MODEL_TYPE: cast(Family, module) for module in _MODULES}
 
 
 def get_family(name: object) -> Family:
@@ -44,7 +45,9 @@ def hf_name(family: Family, name: str) -> str:
     """Their name of our tensor, e.g. `layers.0.attention.q.weight` -> `model.layers.0.self_attn.q_proj.weight`."""
     module, kind = name.rsplit(".", 1)
     parts = module.split(".")
-    if parts[0] == "layers":
-        template = family.MODULES[".".join(["layers", "{i}", *parts[2:]])]
-        return f"{template.format(i=parts[1])}.{kind}"
-    return f"{family.MODULES[module]}.{kind}"
+    numbers = {}
+    for place, key in ((1, "i"), (4, "e")):  # layers.{i}.mlp.experts.{e}.up
+        if parts[0] == "layers" and len(parts) > place and parts[place].isdigit():
+            numbers[key] = parts[place]
+            parts[place] = f"{{{key}}}"
+    return f"{family.MODULES['.'.join(parts)].format(**numbers)}.{kind}"

@@ -148,6 +148,7 @@ def llama_like_to_hf(config_class: Any, config: DecoderConfig, **differences: An
         ("embed_scale", config.embed_scale, 1.0),
     ):
         must_be(family, field, value, needed)
+    must_be(family, "experts in each layer", config.num_experts > 0, "num_experts_per_tok" in differences)
     return config_class(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

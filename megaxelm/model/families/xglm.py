@@ -78,6 +78,7 @@ def config_to_hf(config: DecoderConfig) -> Any:
     for field in ("qkv_bias", "out_bias", "mlp_bias"):
         must_be(MODEL_TYPE, field, getattr(config, field), True)
     must_be(MODEL_TYPE, "qk_norm", config.qk_norm, False)
+    must_be(MODEL_TYPE, "num_experts", config.num_experts, 0)
     must_be(MODEL_TYPE, "sliding_window", config.sliding_window, None)
     must_be(MODEL_TYPE, "num_kv_heads", config.num_kv_heads, config.num_heads)
     must_be(MODEL_TYPE, "num_heads * head_dim", config.num_heads * config.head_dim, config.hidden_size)
