@@ -63,6 +63,7 @@ setup(
         "demo": ["django>=5.2", "wagtail>=7", "django-cms>=5", "sphinx>=8", "django-allauth>=65"],
         "eval": ["lm-eval>=0.4.13"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
+        "peft": ["peft>=0.17"],
         "scale": ["ray>=2.50", "s3fs>=2023.12.2"],
         "dev": [
             "pytest>=8",
@@ -82,6 +83,7 @@ setup(
             "prometheus-client>=0.20",
             "openai>=1.60",
             "httpx>=0.27",
+            "peft>=0.17",
         ],
     },
     entry_points={"console_scripts": ["megaxelm = megaxelm.cli:main"]},
