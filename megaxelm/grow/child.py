@@ -17,6 +17,7 @@ from megaxelm.recipe import EvaluationConfig, Recipe, override_tree, parse_recip
 
 LEAST_SHARE = 0.01
 """Languages with less than this share of a donor's tokens are not replayed: clusters of documents hold a little of nearly all."""
+_OTHER_ORDER = 1000
 _OURS = ("name", "seed", "tokenizer", "clusters", "experts", "corpus.languages", "train.language_weights", "train.language_alpha", "rounds")
 _INSTEAD = {"train.steps": "--steps", "corpus.train": "--corpus", "corpus.valid": "--valid"}
 
@@ -100,6 +101,8 @@ def child_recipe(parent: Recipe, tokenizer_folder: Path, plan: ChildPlan) -> Rec
         "batch_sequences": plan.batch_sequences,
         "language_alpha": 1.0,
         "language_weights": dict(plan.weights),
+        # The donor has read its languages in the order of the run's seed: replay comes in another.
+        "seed": (parent.train.seed + _OTHER_ORDER) % 2**32,
     }
     tree["tokenizer"] |= {"load": str(tokenizer_folder)}
     tree["experts"] |= {"dense": False, "batch_sequences": None, "steps": None, "allow_unequal_tokens": False}
