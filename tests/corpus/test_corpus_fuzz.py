@@ -172,6 +172,7 @@ def index_recipe(corpus: Path, tokenizer: Path, seed: int, deduplicate: str | No
 DOCUMENTS = st.lists(st.tuples(st.sampled_from(LANGUAGES), st.integers(0, 60)), min_size=20, max_size=60)
 
 
+@pytest.mark.slow
 @given(files=st.lists(DOCUMENTS, min_size=1, max_size=3), draw=st.data())
 @settings(
     max_examples=8,

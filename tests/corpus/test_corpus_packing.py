@@ -69,6 +69,7 @@ def test_no_label_is_the_first_token_of_another_document() -> None:
     assert all((i in begins) == (position == 0) for i, position in enumerate(batch.positions.tolist()))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),

@@ -62,7 +62,12 @@ def test_every_document_is_in_its_cluster_in_the_order_of_the_corpus(made: Path)
 
 
 @pytest.mark.parametrize(
-    "executor", [{"block_bytes": 1000, "tasks": 3}, {"block_bytes": 32_000_000}, {"workers": 2, "tasks": 5}], ids=["small", "large", "two"]
+    "executor",
+    [
+        pytest.param({"block_bytes": 1000, "tasks": 3}, id="small"),
+        pytest.param({"block_bytes": 32_000_000}, id="large", marks=pytest.mark.slow),
+        pytest.param({"workers": 2, "tasks": 5}, id="two", marks=pytest.mark.slow),
+    ],
 )
 def test_indexes_are_the_same_byte_for_byte_whoever_makes_them(made: Path, tmp_path: Path, executor: dict[str, Any]) -> None:
     recipe = pipeline_recipe(made / "corpus", made / "run" / "tokenizer", executor=executor)
@@ -70,6 +75,7 @@ def test_indexes_are_the_same_byte_for_byte_whoever_makes_them(made: Path, tmp_p
     assert index_hashes(tmp_path / "run") == index_hashes(made / "run")
 
 
+@pytest.mark.slow
 def test_another_clustering_tokenises_nothing(made: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     encode = Tokenizer.encode
@@ -119,6 +125,7 @@ def test_only_what_is_new_is_read_and_tokenised(made: Path, tmp_path: Path, monk
     assert 1 <= tokenised < blocks / 3
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_a_sentence_and_costs_its_own_part_only(made: Path, tmp_path: Path) -> None:
     corpus = write_files(tmp_path / "corpus", files=8, documents=400)
     program = (
@@ -213,6 +220,7 @@ def test_a_shard_that_was_cut_is_found(made: Path, run: Path) -> None:
     assert index_hashes(run) == index_hashes(made / "run")
 
 
+@pytest.mark.slow
 def test_another_block_size_in_a_half_made_run_gives_the_same(made: Path, tmp_path: Path) -> None:
     def recipe(size: int, k: int = 2) -> Any:
         settings = {"executor": {"block_bytes": size}, "clusters": {"k": k}, "train": {"batch_sequences": 12}}
@@ -332,6 +340,7 @@ def test_a_cluster_without_documents_is_an_error(made: Path, run: Path) -> None:
         prepare(run, pipeline_recipe(made / "corpus"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("analyzer", ["subword", "char", "word"])
 def test_tfidf_assigns_tokens_as_it_assigns_text(made: Path, run: Path, analyzer: str) -> None:
     from megaxelm.cluster.load import load_partitioner
@@ -351,6 +360,7 @@ def test_tfidf_assigns_tokens_as_it_assigns_text(made: Path, run: Path, analyzer
             assert found == expected
 
 
+@pytest.mark.slow
 def test_balanced_assignment_divides_each_block_equally(made: Path, run: Path) -> None:
     clusters = {"partitioner": "tfidf", "k": 2, "tfidf": {"dimensions": 8, "assign": "balanced"}}
     prepare(run, pipeline_recipe(made / "corpus", clusters=clusters))
@@ -359,6 +369,7 @@ def test_balanced_assignment_divides_each_block_equally(made: Path, run: Path) -
         assert abs(int(sizes[0]) - int(sizes[1])) <= 1
 
 
+@pytest.mark.slow
 def test_strange_text_survives_the_way_into_the_index(made: Path, tmp_path: Path) -> None:
     texts = [
         "NUL \x00 inside", "right-to-left \u200f\u05e9\u05dc\u05d5\u05dd\u200e mark", "\u2581 itself", "</s> and <0x41>", "a\u0301" * 50,

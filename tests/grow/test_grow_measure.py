@@ -209,7 +209,10 @@ def test_the_recipe_of_a_child_keeps_the_runs_settings_and_its_own_part() -> Non
     assert child.ensemble.top_m is None and child.ensemble.fallback is None and child.evaluation.max_documents == 7
     from megaxelm.train.members import plan_members
 
+    parent = parse_recipe(tree)
     members = plan_members(child, ["az"])
+    orders = {plan_members(parent, list("abcd"))[name].sample_seed(parent.train.seed) for name in ("seed", "a")}
+    assert members["az"].sample_seed(child.train.seed) not in orders
     assert (members["az"].steps, members["az"].batch_sequences, members["az"].parent, members["seed"].steps) == (7, 3, "seed", 0)
 
 

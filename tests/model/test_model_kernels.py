@@ -72,6 +72,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_those_of_torch(family: str, c
         assert error <= 3 * judge + 1e-7, f"{name}: {error:.1e}, torch {judge:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["xglm", "qwen3"])
 def test_training_by_either_gives_one_loss_curve(family: str) -> None:
     curves = []

@@ -158,6 +158,7 @@ def test_speed_is_stated_measured_or_a_share_of_the_peak(tmp_path: Path) -> None
         speed(shape(), recipe(), 8, None, tmp_path / "nothing", None, None)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(TREE))

@@ -72,6 +72,7 @@ def test_broken_lines_are_counted_and_above_the_share_they_stop_the_run(
     assert '"broken"' in (tmp_path / "runs" / "tiny" / "corpus" / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_index_is_found(capsys: pytest.CaptureFixture[str], indexed_run: Path) -> None:
     assert command(capsys, "index", "verify", indexed_run)[0] == 0
     path = next((indexed_run / "index").glob("*/en.bin"))

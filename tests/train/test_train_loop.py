@@ -46,6 +46,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run / "experts" / "seed" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_losses_of_the_languages_add_up_to_the_loss(indexed_run: Path) -> None:
     done = train(indexed_run, "train.steps=3")
     assert done.returncode == 0, done.stderr
@@ -149,6 +150,7 @@ def test_ranks_share_an_evaluation_that_does_not_share_out_evenly(indexed_run: P
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and found[1][1] == pytest.approx(found[0][1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compilation_under_zero_3_is_refused(indexed_run: Path) -> None:
     done = train(indexed_run, "train.compile=true", stage=3)
     assert done.returncode == 2 and "train.compile = true with ZeRO stage 3" in done.stderr and "Traceback" not in done.stderr

@@ -108,6 +108,7 @@ def test_megaxelm_train_starts_several_ranks_through_deepspeed(indexed_run: Path
     assert choices["attention"] == "sdpa" and choices["resumed_from_step"] == 0
 
 
+@pytest.mark.slow
 def test_a_training_that_blows_up_stops_before_it_saves_broken_weights(indexed_run: Path) -> None:
     overrides = (
         "train.lr=1e25",
