@@ -38,6 +38,8 @@ class ChildPlan:
     valid: Sequence[Any] = ()
     """All sources of held-out text."""
     overrides: Sequence[str] = ()
+    generation: int = 1
+    """How many times the line of its donors was grown, this time counted."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def child_recipe(parent: Recipe, tokenizer_folder: Path, plan: ChildPlan) -> Rec
         "batch_sequences": plan.batch_sequences,
         "language_alpha": 1.0,
         "language_weights": dict(plan.weights),
-        # The donor has read its languages in the order of the run's seed: replay comes in another.
-        "seed": (parent.train.seed + _OTHER_ORDER) % 2**32,
+        # The donor has read its languages in the order of its own seed: replay comes in another.
+        "seed": (parent.train.seed + _OTHER_ORDER * plan.generation) % 2**32,
     }
     tree["tokenizer"] |= {"load": str(tokenizer_folder)}
     tree["experts"] |= {"dense": False, "batch_sequences": None, "steps": None, "allow_unequal_tokens": False}

@@ -227,6 +227,7 @@ def _plan(
             train,
             valid,
             options.overrides,
+            _generation(donor.name, growth),
         )
         return Grown(name, study.languages, parent.name, kind, model_hash(parent.export)), plan
 
@@ -234,6 +235,11 @@ def _plan(
     if options.lapt:
         found += [planned(f"{study.name}-lapt-{base}", models[base], "lapt") for base in reversed(BASELINES)]
     return found
+
+
+def _generation(donor: str, growth: Growth) -> int:
+    found = growth.find(donor)
+    return 1 if found is None else 1 + _generation(found.donor, growth)
 
 
 def _sources(

@@ -126,6 +126,8 @@ def test_a_grown_expert_can_be_the_donor_and_its_text_is_replayed(grown_run: Pat
     assert weights_hash(child.expert("seed") / "export") == weights_hash(grown_run / "grown" / "az" / "experts" / "az" / "export")
     assert set(child.recipe().train.language_weights) == {"uk", "az", "de", "ru"}
     assert report_of(grown_run, "uk")["donor"]["how"] == "by hand"
+    seeds = [RunFolder(path).recipe().train.seed for path in (grown_run, grown_run / "grown" / "az", child.path)]
+    assert len(set(seeds)) == 3  # nobody reads a language in the order in which its donor did
     with pytest.raises(GrowError, match="it branches from `az` itself"):
         grow_in(grown_run, "az", donor="uk")
 
