@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megaxelm.errors import ModelError, StageError
 from megaxelm.files import hash_value, is_model_folder, read_json, write_if_changed, write_json
-from megaxelm.grow.record import read_growth
+from megaxelm.growth import read_growth
 from megaxelm.run import RunFolder
 
 if TYPE_CHECKING:

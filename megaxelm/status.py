@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from megaxelm.errors import MegaxelmError, StageError
+from megaxelm.ingredients import STAGES
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
-from megaxelm.stages import STAGES, Stages
+from megaxelm.stages import Stages
 from megaxelm.submit import array_of, submitted_jobs, tasks_of
 from megaxelm.train.attempts import last_ending
 from megaxelm.train.members import Member

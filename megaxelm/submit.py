@@ -27,9 +27,10 @@ from typing import Any
 
 from megaxelm.errors import StageError, TrainError
 from megaxelm.files import read_json, write_json
+from megaxelm.ingredients import STAGES
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
-from megaxelm.stages import STAGES, Stages
+from megaxelm.stages import Stages
 from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.members import Member, expected_members
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megaxelm.ensemble.folder import EnsembleSettings, save_ensemble
 from megaxelm.ensemble.routers import FixedRouter, RouterData
 from megaxelm.errors import RoutingError
-from megaxelm.grow.record import Growth, export_folder, grown_folder, index_clusters, language_owners, read_growth
+from megaxelm.growth import Growth, export_folder, grown_folder, index_clusters, language_owners, read_growth
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from megaxelm.errors import StageError
 from megaxelm.files import is_model_folder
-from megaxelm.grow.record import Clusters, evaluated_languages, export_folder, held_clusters, read_growth
+from megaxelm.growth import Clusters, evaluated_languages, export_folder, held_clusters, read_growth
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:

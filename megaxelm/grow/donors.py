@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megaxelm.cluster.typology import donors, language_distances
 from megaxelm.errors import ClusterError, GrowError
-from megaxelm.grow.record import Growth, export_folder, grown_folder, index_clusters, language_owners
+from megaxelm.growth import Growth, export_folder, grown_folder, index_clusters, language_owners
 from megaxelm.recipe import Recipe, TypologyConfig
 
 if TYPE_CHECKING:

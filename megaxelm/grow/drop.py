@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megaxelm.errors import GrowError, MegaxelmError
-from megaxelm.grow.record import FOLDER, Growth, export_folder, grown_folder, held_clusters, index_clusters, read_growth, write_growth
+from megaxelm.growth import FOLDER, Growth, export_folder, grown_folder, held_clusters, index_clusters, read_growth, write_growth
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 

@@ -17,8 +17,8 @@ from megaxelm.files import read_json, write_json
 from megaxelm.grow.child import ChildPlan, child_recipe, mixing_weights, parse_sources
 from megaxelm.grow.donors import BASELINES, BY_RULE, Candidate, find_candidates
 from megaxelm.grow.proof import model_hashes, record_untouched
-from megaxelm.grow.record import FOLDER, Grown, Growth, grown_folder, held_clusters, read_growth, write_growth
 from megaxelm.grow.study import REPORT, SAMPLE, Study, known_languages_fit, model_hash, show_study, study_languages
+from megaxelm.growth import FOLDER, Grown, Growth, grown_folder, held_clusters, read_growth, write_growth
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 

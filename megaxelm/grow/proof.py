@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaxelm.errors import GrowError
 from megaxelm.files import is_model_folder
-from megaxelm.grow.record import export_folder, read_growth
+from megaxelm.growth import export_folder, read_growth
 from megaxelm.lineage import record_event
 
 

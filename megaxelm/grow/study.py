@@ -16,7 +16,7 @@ from megaxelm.errors import GrowError
 from megaxelm.files import hash_value, read_json, write_json
 from megaxelm.grow.donors import BASELINES, BY_RULE, Candidate, Choice, choose_donor, sample_bits, typology_distances
 from megaxelm.grow.fit import TokenizerFit, measure_fit, poor_fit
-from megaxelm.grow.record import grown_folder
+from megaxelm.growth import grown_folder
 from megaxelm.recipe import Recipe
 
 if TYPE_CHECKING:

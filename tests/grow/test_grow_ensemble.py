@@ -17,7 +17,7 @@ from megaxelm.ensemble.stage import build_ensemble, mean_centres, sample_documen
 from megaxelm.errors import GrowError, RoutingError, StageError
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.files import read_json
-from megaxelm.grow.record import read_growth
+from megaxelm.growth import read_growth
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
 

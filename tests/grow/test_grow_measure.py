@@ -14,7 +14,7 @@ from megaxelm.errors import GrowError, RecipeError, StageError
 from megaxelm.grow.child import ChildPlan, child_recipe, mixing_weights, parse_sources
 from megaxelm.grow.donors import Candidate, choose_donor, find_candidates, sample_bits, typology_distances
 from megaxelm.grow.fit import TokenizerFit, measure_fit, poor_fit
-from megaxelm.grow.record import Grown, Growth, evaluated_languages, held_clusters, language_owners, read_growth, write_growth
+from megaxelm.growth import Grown, Growth, evaluated_languages, held_clusters, language_owners, read_growth, write_growth
 from megaxelm.recipe import TypologyConfig, parse_recipe
 
 

@@ -13,7 +13,7 @@ from growing import NEW_WORDS, drop_in, grow_in
 from megaxelm.errors import CorpusError, GrowError, MegaxelmError, StageError
 from megaxelm.files import read_json
 from megaxelm.grow.make import GrowOptions
-from megaxelm.grow.record import read_growth
+from megaxelm.growth import read_growth
 from megaxelm.model.hub import weights_hash
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages

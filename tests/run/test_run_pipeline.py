@@ -9,9 +9,10 @@ import yaml
 from tiny_run import run_module, tiny_recipe, write_corpus
 
 from megaxelm.errors import StageError
+from megaxelm.ingredients import STAGES
 from megaxelm.recipe import load_recipe
 from megaxelm.run import RunFolder
-from megaxelm.stages import STAGES, Stages
+from megaxelm.stages import Stages
 
 SETTINGS = {
     "seed": {"steps": 4, "lr": 1e-2},

@@ -12,9 +12,10 @@ from tiny_run import run_module, tiny_recipe, write_corpus
 
 from megaxelm.errors import StageError, TrainError
 from megaxelm.files import read_json, write_json
+from megaxelm.ingredients import STAGES
 from megaxelm.recipe import Recipe, load_recipe
 from megaxelm.run import MadeFrom, RunFolder
-from megaxelm.stages import STAGES, Stages
+from megaxelm.stages import Stages
 from megaxelm.status import run_status
 from megaxelm.submit import JOBS, SubmitOptions, plan_jobs, plan_text, submit_jobs
 
