@@ -27,6 +27,7 @@ def export(
     """Write a trained model, or any checkpoint of its training, as a Hugging Face folder with its tokenizer, and compare logits."""
     from megaxelm.corpus.tokenizer import Tokenizer
     from megaxelm.model.export import export_checkpoint
+    from megaxelm.model.hub import load_config
     from megaxelm.train.export import export_checkpoint_folder, is_checkpoint_path, sample_texts
 
     if to not in _WHAT:
@@ -41,8 +42,9 @@ def export(
     if expert is None:
         raise StageError(f"--expert is missing: which model of {source}? Name one, or give a folder experts/<name>/checkpoints/<step>")
     folder, _ = open_run(source, None, runs)
-    texts = sample_texts(folder, Tokenizer.load(folder.folder("tokenizer")))
-    export_checkpoint(_trained(folder, expert), output, dtype, texts, to)
+    trained = _trained(folder, expert)
+    texts = sample_texts(folder, Tokenizer.load(folder.folder("tokenizer")), load_config(trained).max_positions)
+    export_checkpoint(trained, output, dtype, texts, to)
     print(f"{output}: {_WHAT[to]} of `{expert}` in {dtype}; reloaded, and its logits agree")
     _tell_base(output, to)
 

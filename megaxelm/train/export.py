@@ -43,7 +43,7 @@ def export_trained(setting: Setting, tokenizer: Tokenizer) -> None:
 
 
 def _write(setting: Setting, source: WeightSource, tokenizer: Tokenizer) -> None:
-    texts = sample_texts(setting.run, tokenizer)
+    texts = sample_texts(setting.run, tokenizer, source.config.max_positions)
     write = write_export if source.adapter is None else write_adapter
     write(source, setting.folder / "export", setting.recipe.export.dtype, setting.run.folder("tokenizer"), texts)
 
@@ -73,7 +73,8 @@ def export_checkpoint_folder(path: Path, output: Path, dtype: str, to: str = "hf
     run = RunFolder(tag.parents[3])
     tokenizer_folder = run.folder("tokenizer")
     tokenizer = Tokenizer.load(tokenizer_folder)
-    export_to(open_checkpoint(tag), output, dtype, tokenizer_folder, sample_texts(run, tokenizer), to)
+    source = open_checkpoint(tag)
+    export_to(source, output, dtype, tokenizer_folder, sample_texts(run, tokenizer, source.config.max_positions), to)
     return tag
 
 
@@ -120,10 +121,10 @@ def _check_complete(tag: Path) -> None:
     verified(tag)
 
 
-def sample_texts(run: RunFolder, tokenizer: Tokenizer, texts: int = 4, tokens: int = 64) -> list[list[int]]:
-    """The beginnings of held-out documents in several languages, to compare logits on."""
+def sample_texts(run: RunFolder, tokenizer: Tokenizer, max_positions: int, texts: int = 4, tokens: int = 64) -> list[list[int]]:
+    """The beginnings of held-out documents in several languages, to compare logits on: at most `tokens` and what the model can read."""
     files = sorted((run.folder("corpus") / "valid").glob("*.jsonl"))
     documents = [document for file in files[:: max(1, len(files) // texts)] for document in islice(read_documents(file), 1)]
     if not documents:
         raise StageError(f"{run.folder('corpus')}/valid: no held-out text; make the corpus again: megaxelm run RECIPE --from corpus")
-    return [[tokenizer.start_id, *ids[:tokens]] for ids in tokenizer.encode([document.text for document in documents])]
+    return [[tokenizer.start_id, *ids][: min(tokens, max_positions)] for ids in tokenizer.encode([document.text for document in documents])]

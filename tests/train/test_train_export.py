@@ -16,6 +16,7 @@ from megaxelm.model.config import config_from_recipe, write_config
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import load_pretrained
 from megaxelm.run import RunFolder
+from megaxelm.train.export import sample_texts
 
 
 @pytest.fixture
@@ -98,3 +99,11 @@ def test_what_is_wrong_is_told_and_nothing_is_written(damage, arguments, kind, t
 def test_a_run_needs_the_name_of_an_expert(indexed_run: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="--expert is missing"):
         export(indexed_run, "--output", tmp_path / "out")
+
+
+def test_logits_are_compared_on_texts_that_the_model_can_read(indexed_run: Path) -> None:
+    run, tokenizer = RunFolder(indexed_run), Tokenizer.load(indexed_run / "tokenizer")
+    texts = sample_texts(run, tokenizer, max_positions=64)
+    short = sample_texts(run, tokenizer, max_positions=5)
+    assert texts and max(map(len, texts)) > 5 and max(map(len, texts)) <= 64
+    assert short == [text[:5] for text in texts] and {text[0] for text in short} == {tokenizer.start_id}
