@@ -43,7 +43,7 @@ def write_export(source: WeightSource, target: Path, dtype: str, tokenizer_folde
     try:
         with large_blocks_apart():
             save_pretrained(source, aside, dtype=stored, tokenizer_folder=tokenizer_folder)
-            check_export(aside, source, [ids[: source.config.max_positions] for ids in texts_tokens])
+            check_export(aside, source, texts_tokens)
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
