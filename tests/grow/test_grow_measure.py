@@ -74,6 +74,15 @@ def test_pieces_of_characters_count_as_bytes_without_a_name_of_their_own() -> No
     assert measure_fit(ByteLevel(), "az", ["ab"]).byte_tokens == 1
 
 
+def test_an_unknown_piece_is_no_byte_however_it_is_shown() -> None:
+    class Shown(Pieces):
+        def decode(self, ids: list[int]) -> str:
+            return "\N{REPLACEMENT CHARACTER}" if ids == [3] else "x"
+
+    fit = measure_fit(Shown(unknown=True), "az", ["ev ə"])
+    assert (fit.unknown_tokens, fit.byte_tokens) == (1, 0)
+
+
 def fit_of(language: str, tokens: int, words: int = 100, num_bytes: int = 500, **other: int) -> TokenizerFit:
     return TokenizerFit(
         language, 1, num_bytes, other.pop("characters", 500), words, tokens, other.get("bytes_", 0), other.get("unknown", 0)
@@ -84,6 +93,7 @@ def fit_of(language: str, tokens: int, words: int = 100, num_bytes: int = 500, *
     ("fit", "words"),
     [
         (fit_of("az", 150), None),
+        (fit_of("az", 299), None),
         (fit_of("az", 301), "3.0 tokens a word, while the run's languages have 1.5"),
         (fit_of("az", 100, bytes_=11), "11% of the tokens are single bytes"),
         (fit_of("az", 100, bytes_=10), None),
