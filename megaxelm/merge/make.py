@@ -210,7 +210,7 @@ class Merging:
     def _write(self, name: str, kind: str, made_from: dict[str, Any], facts: dict[str, Any], source: WeightSource) -> Path:
         from megaxelm.train.export import sample_texts as logit_texts
 
-        texts = logit_texts(self.run, self.material.ensemble.tokenizer)
+        texts = logit_texts(self.run, self.material.ensemble.tokenizer, source.config.max_positions)
         folder = write_rung(self.run, name, kind, made_from, facts, source, self.recipe.export.dtype, texts)
         self.say(f"{folder}: written; reloaded, and its logits agree")
         return folder
