@@ -49,6 +49,18 @@ def test_runs_that_never_grew_are_made_from_what_they_were(trained_run: Path) ->
     assert set(evaluation.inputs) == {"corpus", "ensemble", *(f"experts/{name}" for name in ("seed", "dense", "bg-en", "de-ru"))}
 
 
+def test_the_evaluation_is_made_from_the_comparisons_and_the_ensemble_is_not(grown_run: Path) -> None:
+    folder = RunFolder(grown_run)
+    stages = Stages(folder, folder.recipe(), check_sources=False)
+    ensemble, evaluation = (stages.units(stage)[stage] for stage in ("ensemble", "evaluation"))
+    assert {name for name in ensemble.inputs if name.startswith("grown/")} == {"grown/az"}
+    assert {name for name in evaluation.inputs if name.startswith("grown/")} == {"grown/az-lapt-dense", "grown/az-lapt-seed"}
+    before = stages.made_from("ensemble").fingerprint
+    marker = grown_run / "grown" / "az" / "experts" / "az" / "stage.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"weights": "others"}))
+    assert stages.made_from("ensemble").fingerprint != before
+
+
 def test_new_experts_stand_behind_the_old_ones_and_old_centres_are_bit_equal(_trained_run: Path, grown_run: Path) -> None:
     before, after = load_ensemble(_trained_run / "ensemble"), load_ensemble(grown_run / "ensemble")
     assert before.experts == ["bg-en", "de-ru"] and after.experts == ["bg-en", "de-ru", "az"]

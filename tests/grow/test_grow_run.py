@@ -117,6 +117,7 @@ def test_an_expert_that_came_later_does_not_change_the_donor(grown_run: Path) ->
     assert not made and report_of(grown_run, "az")["candidates"] == ["bg-en", "de-ru"]
     report.unlink()
     assert not grow_in(grown_run, "az", lapt=True)[0]
+    assert report_of(grown_run, "az")["candidates"] == ["bg-en", "de-ru"]
 
 
 @pytest.mark.slow
@@ -132,12 +133,16 @@ def test_a_grown_expert_can_be_the_donor_and_its_text_is_replayed(grown_run: Pat
         grow_in(grown_run, "az", donor="uk")
 
 
-def test_a_moved_run_has_nothing_to_do(grown_run: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.move(grown_run, tmp_path / "elsewhere"))
-    folder = RunFolder(moved)
-    assert Stages(folder, folder.recipe(), check_sources=False).is_fresh("evaluation")
-    made, said = grow_in(moved, "az", lapt=True)
-    assert not made and [line for line in said if "fresh" in line][1:4] == ["az: fresh", "az-lapt-dense: fresh", "az-lapt-seed: fresh"]
+def test_a_moved_run_has_nothing_to_do(_grown_run: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(_grown_run, tmp_path / "elsewhere"))
+    away = _grown_run.rename(_grown_run.with_name("away"))  # the place that the recipes of the children name
+    try:
+        folder = RunFolder(moved)
+        assert Stages(folder, folder.recipe(), check_sources=False).is_fresh("evaluation")
+        made, said = grow_in(moved, "az", lapt=True)
+        assert not made and [line for line in said if "fresh" in line][1:4] == ["az: fresh", "az-lapt-dense: fresh", "az-lapt-seed: fresh"]
+    finally:
+        away.rename(_grown_run)
 
 
 def test_a_donor_that_was_trained_again_makes_the_child_stale(grown_run: Path) -> None:
@@ -175,6 +180,8 @@ def test_one_expert_for_several_languages(trained_run: Path) -> None:
     assert (entry.name, entry.languages) == ("az-uk", ("az", "uk"))
     weights = RunFolder(trained_run / "grown" / "az-uk").recipe().train.language_weights
     assert weights["az"] + weights["uk"] == pytest.approx(0.5)
+    tokens = read_json(trained_run / "grown" / "az-uk" / "index" / "manifest.json")["clusters"]["az-uk"]
+    assert weights["az"] / weights["uk"] == pytest.approx(tokens["az"]["tokens"] / tokens["uk"]["tokens"], rel=0.2)
     with pytest.raises(GrowError, match="uk has an expert already, `az-uk`"):
         grow_in(trained_run, "uk")
 
@@ -204,6 +211,17 @@ def test_text_from_the_command_line_beside_the_runs_own(trained_run: Path, tmp_p
     own = read_json(trained_run / "corpus" / "manifest.json")["languages"]
     assert counts["sw"]["train_documents"] + counts["sw"]["held_out_documents"] == 40
     assert all(counts[code] == own[code] for code in counts if code != "sw")  # the same text is held out again
+
+
+@pytest.mark.slow
+def test_the_text_of_a_grown_donor_is_replayed_from_where_it_was_read(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"{' '.join(NEW_WORDS['xx'][number % 4 :])} {number}")
+    grow_in(trained_run, "sw", corpus=[f"sw={tmp_path}/texts/*.txt"])
+    grow_in(trained_run, "az", donor="sw")
+    counts = read_json(trained_run / "grown" / "az" / "corpus" / "manifest.json")["languages"]
+    assert counts["sw"] == read_json(trained_run / "grown" / "sw" / "corpus" / "manifest.json")["languages"]["sw"]
 
 
 def test_without_replay_only_the_given_text_is_read(trained_run: Path, tmp_path: Path) -> None:
