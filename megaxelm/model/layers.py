@@ -129,6 +129,11 @@ class Linear(nn.Module):
         return gelu_bias(product, self.bias, gelu, in_place=True, kernels=kernels) if fused else F.gelu(product, approximate=gelu)
 
 
+def project(linear: Linear, x: Tensor, around: Surroundings | None) -> Tensor:
+    """`linear` of `x`. Only deltas need `around`: what DeepSpeed's AutoTP puts in the place of a Linear takes `x` alone."""
+    return linear(x) if getattr(linear, "lora_A", None) is None else linear(x, around=around)
+
+
 class Attention(nn.Module):
     """Multi-head attention with optional grouped queries, biases, and q/k norm."""
 
@@ -145,9 +150,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [N, H] -> [N, H]."""
-        q, k, v = (projection(x, around=around).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
+        q, k, v = (project(linear, x, around).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
         q, k = self._positioned(q, k, around)
-        return self.out(around.attend(self.index, q, k, v).flatten(1), around=around)
+        return project(self.out, around.attend(self.index, q, k, v).flatten(1), around)
 
     def _positioned(self, q: Tensor, k: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
         """Norm and rotation of q and k, where the model has them."""
@@ -176,9 +181,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, kernels: str = "torch", around: Surroundings | None = None) -> Tensor:
         """`x` [N, H] -> [N, H]."""
         if self.gate is not None:
-            gated = swiglu(self.gate(x, around=around), self.up(x, around=around), in_place=True, kernels=kernels)
-            return self.down(gated, around=around)
-        return self.down(self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels, around), around=around)
+            gated = swiglu(project(self.gate, x, around), project(self.up, x, around), in_place=True, kernels=kernels)
+            return project(self.down, gated, around)
+        return project(self.down, self.up(x, "tanh" if self.activation == "gelu_tanh" else "none", kernels, around), around)
 
 
 def feed_forward(config: DecoderConfig) -> nn.Module:

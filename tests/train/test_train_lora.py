@@ -56,7 +56,7 @@ SETTINGS = (
     "experts.kind=lora",
     "experts.lora.rank=3",
     "experts.lora.dropout=0.1",
-    "experts.lora.lr=0.05",
+    "experts.lora.lr=0.005",
     "model.tie_embeddings=true",
 )
 SECOND_SAVE = ("megaxelm.train.checkpoint:Checkpoints.save", 2)
