@@ -67,9 +67,13 @@ def collect(run: Path, base: Path) -> dict[str, Any]:
     }
     texts = sorted((run / "evaluation" / "texts").glob("*.npz"))
     found["texts"] = {path.stem: _text_set(path, base / "evaluation" / "texts" / path.name, own) for path in texts}
-    for key in ("routers", "forgetting"):
-        if key in results:
-            found[key] = results[key]
+    found["routers"] = {
+        name: {key: value for key, value in about.items() if key not in ("languages", "by_position")}
+        for name, about in results["routers"].items()
+    }
+    found["forgetting"] = {
+        model: about["summary"]["seed"] for model, about in results["forgetting"]["models"].items() if about["kind"] == "expert"
+    }
     for file in ("ladder", "tasks"):
         path = run / "merged" / f"{file}.json"
         if path.is_file():

@@ -18,11 +18,16 @@ def figure(found: Found, digits: int = 3) -> str:
 
 def change(found: Found, digits: int = 3) -> str:
     """As `figure`, with a sign; bold where the interval lies on one side of zero."""
-    value = f"{found['value']:+.{digits}f}"
+    value = _signed(found["value"], digits)
     if found.get("low") is None:
         return value
     told = f"**{value}**" if found["high"] < 0 or found["low"] > 0 else value
-    return f"{told} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
+    return f"{told} [{_signed(found['low'], digits)}, {_signed(found['high'], digits)}]"
+
+
+def _signed(value: float, digits: int) -> str:
+    """A number with its sign, which zero does not have."""
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -76,20 +81,11 @@ def routers(run: Found) -> str:
         regret = found["regret"]
         rows.append(
             [found["label"], f"{found['accuracy_own']:.2f}", f"{found['accuracy_best']:.2f}", f"{found['weight_on_best']:.2f}"]
-            + [change(regret[key]) for key in ("best-of-document", "best-of-language", "seed", "dense") if key in regret]
+            + [change(regret[key]) for key in ("best-of-document", "best-of-language")]
             + [f"{found['calibration']['ece']:.2f}"]
         )
-    heads = [
-        "mixture",
-        "arg max is own",
-        "arg max is best",
-        "weight on best",
-        "regret, best of document",
-        "best of language",
-        "seed",
-        "dense",
-    ]
-    return table([*heads, "ECE"], rows)
+    heads = ["mixture", "arg max is own", "arg max is best", "weight on best", "regret, best of document", "best of language", "ECE"]
+    return table(heads, rows)
 
 
 def growth(run: Found) -> str:
@@ -112,19 +108,27 @@ def growth(run: Found) -> str:
     return table(["language", "donor", "grown expert", "minus LAPT of dense", "minus LAPT of seed", "minus dense", "minus donor"], rows)
 
 
-def old_languages(run: Found) -> str:
+def old_languages(run: Found, models: Mapping[str, str]) -> str:
     """What growing, or continuing, did to the languages that were there before."""
-    return table(
-        ["model", "change on the old languages"], [[model, change(found)] for model, found in run["growth"]["old_languages"].items()]
-    )
+    found = run["growth"]["old_languages"]
+    rows = [[f"mixture, {label}", change(found[model])] for model, label in models.items() if model in found]
+    for model, changed in found.items():
+        if model.startswith("lapt:"):
+            language, _, continued = model.removeprefix("lapt:").partition("-lapt-")
+            rows.append([f"{continued}, continued on {language}", change(changed)])
+    return table(["model", "change on the old languages"], rows)
 
 
 def matrix(run: Found) -> str:
-    """Every expert on every language: bits per byte minus the seed's."""
+    """Every expert on every language: bits per byte minus the seed's, and the means over its own languages and all others."""
     seed = run["bits"]["seed"]["languages"]
     codes = [code for code in next(iter(run["matrix"].values())) if code in seed]
-    rows = [[name, *(f"{bits[code] - seed[code]['value']:+.2f}" for code in codes)] for name, bits in run["matrix"].items()]
-    return table(["expert", *codes], rows)
+    rows = []
+    for name, bits in run["matrix"].items():
+        summary = run["forgetting"][f"expert:{name}"]
+        means = [f"{summary[part]['mean_bits']:+.2f}" if part in summary else "-" for part in ("own", "elsewhere")]
+        rows.append([name, *(f"{bits[code] - seed[code]['value']:+.2f}" for code in codes), *means])
+    return table(["expert", *codes, "own", "elsewhere"], rows)
 
 
 def parallel(runs: Mapping[str, Found], models: Mapping[str, str], name: str = "udhr") -> str:
