@@ -28,6 +28,8 @@ from megaxelm.merge.speed import mixture_speed, model_speed, some_documents
 from megaxelm.model.config import active_parameters, num_parameters
 from megaxelm.model.decoder import Decoder
 from megaxelm.model.hub import load_config, load_pretrained
+from megaxelm.model.lora import lora_parameters
+from megaxelm.model.source import WeightSource
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 
@@ -104,13 +106,12 @@ def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) 
 
     rows = [_row(name, name, name, streams[name], folder, speeds.get(name)) for name, folder in folders.items()]
     assert ensemble.sources is not None  # an ensemble of a folder has them
-    shape = ensemble.sources[0]().config
-    each, k = num_parameters(shape), len(ensemble.experts)
+    total, each = expert_parameters([source() for source in ensemble.sources])
     own_streams = {language: streams[f"expert:{own[language]}"][language] for language in languages}
     own_speed = [speeds[f"expert:{name}"] for name in ensemble.trained if f"expert:{name}" in speeds]
-    rows.append(_Row("own", "own expert", "own", own_streams, k * each, each, float(np.median(own_speed)) if own_speed else None))
+    rows.append(_Row("own", "own expert", "own", own_streams, total, each, float(np.median(own_speed)) if own_speed else None))
     by_expert = {name: streams[f"expert:{name}"] for name in ensemble.experts}
-    decoders = [ensemble.decoder(number) for number in range(k)] if timed and routers else []
+    decoders = [ensemble.decoder(number) for number in range(len(ensemble.experts))] if timed and routers else []
     for name, router in routers.items():
         for m in _differing(options.top_ms, len(ensemble.trained), name):
             key = f"mixture:{name}" + (f"@{m}" if m else "")
@@ -121,7 +122,7 @@ def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) 
                 codes, ids = [code for code, _ in timed], [found for _, found in timed]
                 speed = mixture_speed(decoders, ids, codes, tokenizer.start_id, router, m)
             label = f"{name} mixture" + (f", top {m}" if m else "")
-            rows.append(_Row(key, label, "mixture", mixed, k * each, heard * each, speed))
+            rows.append(_Row(key, label, "mixture", mixed, total, heard * each, speed))
     for name, folder in rungs.items():
         record = read_rung(run, name) or {}
         key = f"merged:{name}"
@@ -148,6 +149,18 @@ def climb(run: RunFolder, recipe: Recipe, options: LadderOptions | None = None) 
     scores.save(out / DOCUMENTS)
     write_json(out / RESULTS, results)
     return results
+
+
+def expert_parameters(sources: Sequence[WeightSource]) -> tuple[int, int]:
+    """Parameters of all experts together, and those that predict a token where one expert does.
+
+    Experts that are low-rank deltas hold their base once between them, and each runs it: base and delta count as at work.
+    """
+    deltas = [lora_parameters(source.config, source.adapter.lora) if source.adapter else 0 for source in sources]
+    shared = {source.adapter.folder.resolve(): source.config for source in sources if source.adapter}
+    whole = [source.config for source in sources if not source.adapter] + list(shared.values())
+    at_work = max(num_parameters(source.config) + delta for source, delta in zip(sources, deltas, strict=True))
+    return sum(map(num_parameters, whole)) + sum(deltas), at_work
 
 
 def _own_experts(ensemble: Ensemble) -> dict[str, str]:

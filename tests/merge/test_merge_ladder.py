@@ -7,21 +7,24 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lora_models import write_adapter, write_base
+from safetensors.torch import load_file
 
 from megaxelm.console import run_guarded
 from megaxelm.errors import RoutingError, StageError
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.evaluate.rungs import choose_rungs, open_rung, rung_folders
-from megaxelm.merge.ladder import LadderOptions, climb
+from megaxelm.merge.ladder import LadderOptions, climb, expert_parameters
 from megaxelm.merge.ladder_table import print_ladder, short_number
 from megaxelm.merge.make import MergeOptions, Merging
 from megaxelm.merge.material import open_material
 from megaxelm.merge.speed import median_speed, some_documents
-from megaxelm.model.hub import load_pretrained
+from megaxelm.model.hub import load_pretrained, open_pretrained
 from megaxelm.recipe import Recipe
 from megaxelm.run import RunFolder
 
@@ -75,6 +78,17 @@ def test_the_ladder_compares_all_rungs_on_the_same_documents(merging: Callable[[
     assert costs["mixture:posterior"] == (2 * one, 2 * one)
     assert costs["own"] == costs["mixture:language"] == costs["mixture:posterior@1"] == (2 * one, one)
     assert one < costs["merged:moe"][0] < 2 * one and costs["merged:moe"][1] == one + 2 * 2 * 32  # and the routers
+
+
+def test_experts_that_are_deltas_hold_their_base_once(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    whole = open_pretrained(base)
+    of_one, of_another = (open_pretrained(write_adapter(tmp_path / name, base, number)) for number, name in enumerate("ab"))
+    files = (base / "model.safetensors", tmp_path / "a" / "adapter_model.safetensors")
+    size, delta = (sum(tensor.numel() for tensor in load_file(path).values()) for path in files)
+    assert expert_parameters([whole, whole]) == (2 * size, size)
+    assert expert_parameters([of_one, of_another]) == (size + 2 * delta, size + delta)
+    assert expert_parameters([of_one, of_another, whole]) == (2 * size + 2 * delta, size + delta)  # a dense model as fallback
 
 
 def test_the_ladder_without_speed_and_what_it_refuses(run: RunFolder, recipe: Recipe) -> None:
