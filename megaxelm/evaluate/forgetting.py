@@ -18,7 +18,7 @@ Changes are model minus reference: below zero is better. Per cent are of perplex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +72,13 @@ def run_matrix(
     labels: Mapping[str, str],
     parents: Mapping[str, str | None],
     bootstrap: Bootstrap | None = None,
+    grown: Collection[str] = (),
 ) -> Matrix:
     """The matrix of a run.
 
     Args:
         own: language -> key of its expert. labels: key -> name for people. parents: key -> key of the model that it branched from.
-        bootstrap: over the same models.
+        bootstrap: over the same models. grown: languages that the seed never read, which is noted.
     """
     rows = {}
     for key in documents.nats:
@@ -90,7 +91,9 @@ def run_matrix(
             parents.get(key),
             [language for language in documents.languages if own.get(language) == key],
         )
-    return Matrix(rows, documents.languages, "seed", PER_BYTE, bootstrap)
+    added = [language for language in documents.languages if language in grown]
+    notes = [f"the seed never read {', '.join(added)}: all means have the gain of learning them in it"] if added else []
+    return Matrix(rows, documents.languages, "seed", PER_BYTE, bootstrap, notes)
 
 
 def forgetting_results(matrix: Matrix) -> dict[str, Any]:

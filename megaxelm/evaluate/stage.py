@@ -69,7 +69,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     print(f"evaluation: {len(models)} models in float32 on {scoring_device()}", flush=True)
     streams = score_models(models, held_out, tokenizer.start_id)
     documents = document_scores(held_out, streams)
-    own = own_experts(clusters, documents.languages)
+    own, grown = own_experts(clusters, documents.languages), grown_languages(run_folder)
     quality = RouterQuality(ensemble.experts, own)
     mixed = mix_held_out(ensemble, mixtures, held_out, streams, quality.hear)
     documents.nats |= document_scores(held_out, mixed).nats
@@ -95,10 +95,11 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
     results = {
         "languages": [
             {"code": item.language, "own": own[item.language], "documents": len(item.ids), "bytes": item.bytes, "tokens": item.tokens}
+            | ({"grown": True} if item.language in grown else {})
             for item in held_out.values()
         ],
-        **comparison(documents, own, ensemble.trained, mixtures, grown_languages(run_folder)),
-        "statistics": statistics_results(bootstrap, columns),
+        **comparison(documents, own, ensemble.trained, mixtures, grown),
+        "statistics": statistics_results(bootstrap, columns, grown),
         "forgetting": forgetting_results(
             run_matrix(
                 documents,
@@ -106,6 +107,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
                 {mixture.key: mixture.label for mixture in mixtures},
                 read_parents(run_folder),
                 bootstrap,
+                grown,
             )
         ),
         "routers": quality.results(bootstrap, baselines),
@@ -119,7 +121,7 @@ def evaluate_run(recipe: Recipe, run_folder: Path, out: Path) -> None:
             "distance_power": recipe.ensemble.distance_power,
             "dtype": "float32",
             "device": scoring_device(),
-            "mean": "macro mean over languages",
+            "mean": "macro mean over languages" + (", those that were grown left out" if grown else ""),
             **({"fitted on half of this text": ", ".join(fitted) + f" (judged by the other half: {FIT_FILE})"} if fitted else {}),
         },
     }
@@ -136,7 +138,8 @@ def comparison(
     """`models` (a column each), `experts` (every one on every language) and `verdict` of `results.json`.
 
     Args:
-        own: language -> its expert. trained: the experts, without the fallback. grown: languages that the verdict leaves out.
+        own: language -> its expert. trained: the experts, without the fallback. grown: languages that verdict and means leave out, since
+            neither the seed nor the dense model has read them.
     """
     scores = {model: language_scores(documents, model) for model in documents.nats}
     experts = {name: scores[model_key(name)] for name in trained}
@@ -151,11 +154,11 @@ def comparison(
     }
     columns["worst"] = ("worst expert", worst)
     columns |= {key: (key.replace(":", " ", 1), scores[key]) for key in documents.nats if key.startswith(f"{LAPT}:")}
-    equal = {language: score for language, score in columns["own"][1].items() if language not in grown}
+    counted = [language for language in documents.languages if language not in grown]
     return {
-        "models": {key: _column(label, found) for key, (label, found) in columns.items()},
+        "models": {key: _column(label, found, counted or documents.languages) for key, (label, found) in columns.items()},
         "experts": {name: {language: score.bits_per_byte for language, score in found.items()} for name, found in experts.items()},
-        "verdict": verdict(equal, scores.get("dense")),
+        "verdict": verdict({language: columns["own"][1][language] for language in counted}, scores.get("dense")),
     }
 
 
@@ -170,14 +173,14 @@ def verdict(own: Mapping[str, Score], dense: Mapping[str, Score] | None) -> dict
     }
 
 
-def _column(label: str, scores: Mapping[str, Score]) -> dict[str, Any]:
-    worst = max(scores, key=lambda language: scores[language].bits_per_byte)
+def _column(label: str, scores: Mapping[str, Score], counted: Sequence[str]) -> dict[str, Any]:
+    worst = max(counted, key=lambda language: scores[language].bits_per_byte)
     return {
         "label": label,
         "languages": {
             language: {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity} for language, score in scores.items()
         },
-        "mean_bits_per_byte": sum(score.bits_per_byte for score in scores.values()) / len(scores),
+        "mean_bits_per_byte": sum(scores[language].bits_per_byte for language in counted) / len(counted),
         "worst_language": worst,
         "worst_bits_per_byte": scores[worst].bits_per_byte,
     }

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megaxelm.evaluate.statistics import Bootstrap
 
 
-def statistics_results(bootstrap: Bootstrap, columns: Mapping[str, str]) -> dict[str, Any]:
+def statistics_results(bootstrap: Bootstrap, columns: Mapping[str, str], grown: Collection[str] = ()) -> dict[str, Any]:
     """Intervals of columns and of their differences to `seed`, `dense` and `own`, where those are and have read the same languages.
 
     Args:
-        columns: column of `results.json` -> model in the bootstrap.
+        columns: column of `results.json` -> model in the bootstrap. grown: languages that means and differences leave out.
     """
     bases = [name for name in ("seed", "dense", "own") if name in columns]
+
+    def compared(*models: str) -> list[str]:
+        return [code for code in bootstrap.languages_of(*models) if code not in grown]
+
     return {
         "resamples": bootstrap.resamples,
         "confidence": bootstrap.confidence,
         "seed": bootstrap.seed,
         "models": {
             column: {
-                "mean": bootstrap.mean(model).to_json(),
+                "mean": bootstrap.mean(model, None, compared(model)).to_json(),
                 "languages": {code: bootstrap.language(model, code).to_json() for code in bootstrap.languages_of(model)},
             }
             for column, model in columns.items()
-            if bootstrap.languages_of(model)
+            if compared(model)
         },
         "differences": [
-            {"model": column, "base": base} | difference(bootstrap, model, columns[base])
+            {"model": column, "base": base} | difference(bootstrap, model, columns[base], compared(model, columns[base]))
             for column, model in columns.items()
             for base in bases[: bases.index(column) if column in bases else None]
-            if bootstrap.languages_of(model, columns[base])
+            if compared(model, columns[base])
         ],
     }
 

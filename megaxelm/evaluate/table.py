@@ -70,7 +70,7 @@ def verdict_text(results: Mapping[str, Any]) -> str:
         text += "; not in: " + ", ".join(f"{language} by {value:.3f}" for language, value in ordered)
     grown = [row["code"] for row in results["languages"] if row["code"] not in compared]
     if grown:
-        text += f"; {', '.join(grown)} grown later, which dense never saw: see the columns lapt"
+        text += f"; {', '.join(grown)} grown later, which dense never saw: see the columns lapt (mean and worst leave them out)"
     if (results.get("account") or {}).get("equal") is False:
         text += "; experts and dense did NOT get equal training tokens"
     return text

@@ -110,7 +110,11 @@ class CorpusLanguage:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything the page is made from."""
+    """Everything the page is made from.
+
+    `languages` are those that everything was trained on, `grown` those that were added later, which only `experts` and `continued` have
+    read; `models` are compared on `languages`, `continued` (LAPT) on `grown`.
+    """
 
     name: str
     languages: list[Language]
@@ -128,6 +132,8 @@ class RunData:
     routers: dict[str, RouterRow] = field(default_factory=dict)
     statistics: Statistics | None = None
     texts: dict[str, TextSet] = field(default_factory=dict)
+    grown: list[Language] = field(default_factory=list)
+    continued: list[Model] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def model(self, key: str) -> Model | None:

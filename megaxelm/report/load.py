@@ -18,6 +18,7 @@ from megaxelm.report.data import Account, Cluster, Clusters, CorpusLanguage, Cur
 from megaxelm.report.measured import Forgetting, RouterRow, Statistics, TextSet, read_part
 
 _MODEL_ORDER = ("seed", "dense", "own")
+_CONTINUED = "lapt:"
 _STAGE_FOLDERS = ("corpus", "clusters", "index", "evaluation")
 _NAMES_SHOWN = 6
 _CORPUS_KEYS = ("train_documents", "train_bytes", "valid_documents", "valid_bytes")
@@ -34,10 +35,11 @@ def load_run(run_folder: Path) -> RunData:
         raise StageError(f"{results_file}: no such file, and the report is made from it; make it: megaxelm run RECIPE --until evaluation")
     missing: list[str] = []
     results = _Reader(results_file)
-    languages = [_language(row) for row in results.rows("languages")]
+    rows = results.rows("languages")
+    languages, grown = ([_language(row) for row in rows if bool(row.flag("grown")) == added] for added in (False, True))
     if not languages:
-        raise results.error("`languages` is empty")
-    codes = [language.code for language in languages]
+        raise results.error("`languages` is empty" if not rows else "`languages` has none that was not grown")
+    codes = [language.code for language in [*languages, *grown]]
     models = [_model(key, row, codes) for key, row in results.mappings("models").items()]
     if not models:
         raise results.error("`models` is empty")
@@ -53,7 +55,9 @@ def load_run(run_folder: Path) -> RunData:
     return RunData(
         name=run_folder.resolve().name,
         languages=languages,
-        models=models,
+        models=[model for model in models if not model.key.startswith(_CONTINUED)],
+        grown=grown,
+        continued=[model for model in models if model.key.startswith(_CONTINUED)],
         experts={name: row for name, row in experts.items() if name not in ("seed", "dense")},
         settings=dict(results.mapping("settings", optional=True).values),
         account=_load_account(run_folder, results, missing),

@@ -39,7 +39,8 @@ def render_page(run: RunData, drawings: dict[str, Drawing]) -> str:
         figures=placed(drawings),
         forgetting=run.forgetting,
         **(tables(run.forgetting) if run.forgetting else {"expert_rows": [], "choice_rows": []}),
-        labels={model.key: model.label for model in run.models},
+        labels={model.key: model.label for model in [*run.models, *run.continued]},
+        grown=_grown_table(run),
         best={language.code: _best(run.models, language.code) for language in run.languages},
         best_mean=_least([model.mean for model in run.models]),
         perplexity=lambda model, code: f"{model.perplexity[code]:.4g}" if math.isfinite(model.perplexity[code]) else "n/a",
@@ -100,6 +101,26 @@ def _best(models: list[Model], code: str) -> float:
 
 def _least(values: list[float]) -> float:
     return min((value for value in values if math.isfinite(value)), default=math.nan)
+
+
+def _grown_table(run: RunData) -> dict[str, Any]:
+    """Added languages: a row each with the models of the comparison, and the seed and the dense model continued on it (LAPT).
+
+    A cell is a value and whether it is the least of its row; models continued on another language are not shown.
+    """
+    models = [model for key in ("seed", "dense", "own") if (model := run.model(key))]
+    models += [model for model in run.models if model.key.startswith("mixture-") and "@" not in model.key]
+    starts = list(dict.fromkeys(model.key.rpartition("-lapt-")[2] for model in run.continued))
+    by_key = {model.key: model for model in run.continued}
+    rows = []
+    for language in run.grown:
+        values = [model.bits[language.code] for model in models]
+        for start in starts:
+            model = by_key.get(f"lapt:{language.own}-lapt-{start}")
+            values.append(model.bits[language.code] if model else math.nan)
+        best = _least(values)
+        rows.append({"code": language.code, "own": language.own, "cells": [(value, value == best) for value in values]})
+    return {"heads": [model.label for model in models] + [f"{start}, continued" for start in starts], "rows": rows}
 
 
 def _account_rows(run: RunData) -> list[dict[str, Any]]:

@@ -160,7 +160,7 @@ def draw_heat_map(run: RunData) -> Drawing | None:
     if base is None or not run.experts:
         return None
     experts = list(run.experts)
-    own = {language.code: language.own for language in run.languages}
+    own = {language.code: language.own for language in [*run.languages, *run.grown]}
     rank = {name: number for number, name in enumerate(experts)}
     codes = sorted(own, key=lambda code: (rank.get(own[code], len(experts)), code))
     cells = np.array([[run.experts[name].get(code, math.nan) - base.bits[code] for name in experts] for code in codes])

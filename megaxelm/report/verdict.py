@@ -34,6 +34,7 @@ def judge(run: RunData) -> Verdict:
         # Means over different sets of languages must not be compared.
         means = statistics.fmean(own.bits[code] for code in known), statistics.fmean(dense.bits[code] for code in known)
     sentences = [_mean_sentence(*means), *_elsewhere(known, len(differences)), _token_sentence(run), *_routing_sentences(run)]
+    sentences += _grown_sentences(run)
     return Verdict(_headline(len(better), len(known), len(differences), *means), sentences, differences, equal, means[0] - means[1])
 
 
@@ -127,6 +128,14 @@ def _routing_sentences(run: RunData) -> list[str]:
     return sentences
 
 
+def _grown_sentences(run: RunData) -> list[str]:
+    """Languages that were added are another comparison, since the dense model has not read them."""
+    if not run.grown:
+        return []
+    codes = ", ".join(language.code for language in run.grown)
+    return [f"Added later, and not in these figures: {codes}. The dense model never read them; they have a table of their own."]
+
+
 def _without_dense(run: RunData) -> tuple[str, list[str]]:
     own, seed = run.model("own"), run.model("seed")
     sentences = ["Without a dense model trained on the same tokens nobody can say whether the experts were worth it."]
@@ -135,4 +144,4 @@ def _without_dense(run: RunData) -> tuple[str, list[str]]:
             f"Mean over the languages, in bits per byte of held-out text (lower is better): own expert {format_bits(own.mean)}, "
             f"seed {format_bits(seed.mean)}; but the experts saw more text than the seed."
         )
-    return "There is no dense baseline to compare with", sentences + _routing_sentences(run)
+    return "There is no dense baseline to compare with", sentences + _routing_sentences(run) + _grown_sentences(run)

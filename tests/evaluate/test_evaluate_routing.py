@@ -104,6 +104,9 @@ def test_models_that_read_other_languages_are_compared_where_they_can_be() -> No
     (row,) = statistics_results(Bootstrap(noisy, sizes, resamples=200), {"seed": "seed", "noisy": "noisy"})["differences"]
     assert (row["better"], row["worse"], row["unclear"]) == ([], [], ["x", "y"]) and row["mean"]["value"] > 0
     assert rows["lapt:n", "own"]["better"] == ["y"] and rows["own", "seed"]["unclear"] == []
+    without = statistics_results(Bootstrap(nats, sizes, resamples=50), columns, {"y"})
+    assert {(row["model"], row["base"]): list(row["languages"]) for row in without["differences"]} == {("own", "seed"): ["x"]}
+    assert without["models"]["seed"]["mean"] == found["models"]["seed"]["languages"]["x"] != found["models"]["seed"]["mean"]
 
 
 def test_the_evaluation_reports_every_router(make_run: Callable[..., Path], make_recipe: Callable[..., Recipe]) -> None:

@@ -128,6 +128,13 @@ def test_new_languages_experts_and_comparisons_are_evaluated(grown_run: Path) ->
     assert results["models"]["own"]["languages"]["az"]["bits_per_byte"] == results["experts"]["az"]["az"]
     assert set(results["models"]["lapt:az-lapt-dense"]["languages"]) == {"az", "bg", "de", "en", "ru"}
     assert "az" not in [*results["verdict"]["beaten"], *results["verdict"]["not_beaten"]]
+    assert [row["code"] for row in results["languages"] if row.get("grown")] == ["az"]
+    for model in results["models"].values():  # the old models never read it: no mean counts it
+        counted = {code: found["bits_per_byte"] for code, found in model["languages"].items() if code != "az"}
+        assert model["mean_bits_per_byte"] == pytest.approx(sum(counted.values()) / 4)
+        assert model["worst_language"] == max(counted, key=lambda code: counted[code])
+    assert all("az" not in row["languages"] and len(row["languages"]) == 4 for row in results["statistics"]["differences"])
+    assert "never read az" in results["forgetting"]["notes"][0]
     ensemble = read_json(grown_run / "ensemble" / "config.json")
     assert not any("lapt" in entry["name"] for entry in ensemble["experts"])
 

@@ -21,7 +21,7 @@ def judged(run_maker: Callable[..., Path], tmp_path: Path) -> Callable[..., tupl
     """Make a run of four languages with these (own, dense) scores, load it, and give it with the text of its verdict."""
 
     def make(scores: dict[str, tuple[Any, Any]], **account: Any) -> tuple[RunData, str]:
-        folder = run_maker(tmp_path / "run", 4, 2, lines=3)
+        folder = make.folder = run_maker(tmp_path / "run", 4, 2, lines=3)  # type: ignore[attr-defined]
         path = folder / "evaluation/results.json"
         results = json.loads(path.read_text(encoding="utf-8"))
         for key, place in (("own", 0), ("dense", 1)):
@@ -49,6 +49,35 @@ def test_own_expert_better_everywhere(judged: Any) -> None:
     assert "own expert 1.000, dense model 1.500; the own expert needs 0.500 (33.3%) fewer" in text
     assert "equal training tokens" in text and "NOT" not in text
     assert '<h1 class="good">' in render_page(run, {})
+
+
+def test_languages_that_were_added_are_another_comparison(judged: Any) -> None:
+    judged(ALL | {"bg": (1.0, 9.0), "de": (1.6, 1.5)})
+    folder = judged.folder
+    path = folder / "evaluation/results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["languages"][2]["grown"] = True  # bg
+    own = results["languages"][2]["own"]
+    of_all = {code: {"bits_per_byte": 0.8 if code == "bg" else 7.25, "perplexity": 9.0} for code in ALL}
+    for key in (f"lapt:{own}-lapt-dense", f"lapt:{own}-lapt-seed", "lapt:other-lapt-seed"):
+        bits = 0.8 if key.endswith("dense") else 0.9
+        found = of_all | {"bg": {"bits_per_byte": 0.1 if "other" in key else bits, "perplexity": 9.0}}
+        results["models"][key] = {"label": key, "languages": found, "mean_bits_per_byte": 7.25}
+    for key in ("own", "dense"):
+        of_model = results["models"][key]["languages"]
+        results["models"][key]["mean_bits_per_byte"] = sum(of_model[code]["bits_per_byte"] for code in ("ar", "az", "de")) / 3
+    path.write_text(json.dumps(results), encoding="utf-8")
+    run = load_run(folder)
+    verdict = judge(run)
+    assert verdict.headline == "The own expert beats the dense model in 2 of 3 languages, and on average"
+    assert list(verdict.differences) == ["ar", "az", "de"] and "Added later, and not in these figures: bg." in verdict.sentences[-1]
+    page = render_page(run, {})
+    table = page[page.index('id="table-grown"') :].split("</table>")[0]
+    assert "dense, continued" in table and table.count("<tr>") == 2
+    assert '<td class="best">0.800<' in table and "0.900" in table and "0.100" not in table and "9.000" in table
+    before = page[: page.index('id="grown"')]
+    assert "lapt" not in before.lower() and "7.250" not in before
+    assert 'scope="row">bg<' not in before.split("Perplexity per token")[0]
 
 
 def test_where_dense_wins_is_named_with_the_difference_worst_first(judged: Any) -> None:
