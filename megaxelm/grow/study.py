@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megaxelm.errors import GrowError
 from megaxelm.files import hash_value, read_json, write_json
 from megaxelm.grow.donors import BASELINES, BY_RULE, Candidate, Choice, choose_donor, sample_bits, typology_distances
@@ -26,6 +28,8 @@ REPORT = "growth_report.json"
 SAMPLE = "sample"
 _FIT_DOCUMENTS = 200
 _BITS_DOCUMENTS = 40
+_TAKEN = 0.05
+"""Share of a language's documents from which on it is told that another centre takes them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def study_languages(
     texts = {code: sample_texts(corpus, code, _FIT_DOCUMENTS) for code in languages}
     fits = [measure_fit(tokenizer, code, texts[code]) for code in languages]
     warnings = [f"{fit.language}: {reason}" for fit in fits for reason in poor_fit(fit, known_fits)]
-    _check_space(run_folder, tokenizer, texts)
+    crowding = space_notes(run_folder, name, tokenizer, texts, [fit.language for fit in known_fits])
 
     old = read_json(folder / REPORT) if (folder / REPORT).exists() else {}
     names = [item for item in old.get("candidates", rule_names) if item in models] or list(rule_names)
@@ -111,6 +115,7 @@ def study_languages(
         say(f"grow {name}: {len(scored)} models read a sample of {', '.join(languages)}")
         documents = {code: texts[code][:_BITS_DOCUMENTS] for code in languages}
         bits = sample_bits([models[item] for item in scored], documents, tokenizer, max_tokens)
+    notes = [*notes, *crowding]
     mean = {item: sum(found.values()) / len(found) for item, found in bits.items()}
     choice = choose_donor(wanted, names, distances, mean)
     better = [item for item in BASELINES if item in mean and mean[item] < mean[choice.name]]
@@ -184,13 +189,24 @@ def show_study(study: Study, donor_rule: str) -> None:
     console.print(f"donor of {study.name}: {study.choice.name}{rule}: {study.choice.why}", markup=False)
 
 
-def _check_space(run_folder: Path, tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]]) -> None:
-    """Nothing known to the vector space: the tfidf router could never find the language, and its ensemble could not be built."""
+def space_notes(run_folder: Path, name: str, tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]], known: Sequence[str]) -> list[str]:
+    """What growing will do to the router `tfidf`: of which known languages the new centre takes documents away from their own.
+
+    The vector space stays that of the run, whose terms are not the new language's: its centre may lie in the midst of a related language.
+
+    Args:
+        name: of the new expert, which may be in the ensemble by now. texts: sample of each new language. known: languages of the run.
+
+    Raises:
+        GrowError: the space has no term of the new languages: the router could never find them, and the ensemble could not be built.
+    """
     from megaxelm.cluster.space import TfidfSpace
 
     folder = run_folder / "ensemble" / "router"
     if not (folder / "centres.safetensors").exists():
-        return
+        return []
+    from safetensors.numpy import load_file
+
     from megaxelm.ensemble.folder import SPACE_NAME
 
     space = TfidfSpace.load(folder, SPACE_NAME, tokenizer)
@@ -200,3 +216,25 @@ def _check_space(run_folder: Path, tokenizer: Tokenizer, texts: Mapping[str, Seq
             f"{', '.join(texts)}: the vector space of the router tfidf knows no term of this text, so the router could never find it; grow "
             "it from a run whose tokenizer and clusters.tfidf.analyzer read its script"
         )
+    new = vectors.sum(0, dtype=np.float64)
+    new /= np.linalg.norm(new)
+    experts = [entry["name"] for entry in read_json(run_folder / "ensemble" / "config.json", experts=list)["experts"]]
+    of_others = [number for number, expert in enumerate(experts) if expert != name]
+    old = load_file(folder / "centres.safetensors")["centres"]
+    old = old[[number for number in of_others if number < len(old)]]  # a fallback has no centre
+    taken = {}
+    for code in known:
+        documents = sample_texts(run_folder / "corpus", code, _FIT_DOCUMENTS)
+        found = space.transform(documents) if documents else np.empty((0, len(new)), np.float32)
+        found = found[np.abs(found).max(-1) > 0] if len(found) else found
+        if len(found):
+            nearest = np.square(found[:, None] - old).sum(-1).min(-1)
+            taken[code] = float(np.mean(np.square(found - new).sum(-1) < nearest))
+    much = sorted(((share, code) for code, share in taken.items() if share >= _TAKEN), reverse=True)
+    if not much:
+        return []
+    shares = ", ".join(f"{share:.0%} of {code}" for share, code in much)
+    return [
+        f"the router tfidf will take {shares} for {' and '.join(texts)}, since its vector space stays that of the run; the routers "
+        "posterior and language do not"
+    ]

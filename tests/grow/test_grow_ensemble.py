@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from growing import drop_in, grow_in
 
+from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.routers import Request
 from megaxelm.ensemble.stage import build_ensemble, mean_centres, sample_documents
 from megaxelm.errors import GrowError, RoutingError, StageError
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.files import read_json
+from megaxelm.grow.study import sample_texts, space_notes
 from megaxelm.growth import read_growth
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
@@ -251,6 +254,21 @@ def test_a_language_without_a_known_term_is_refused_before_training(trained_run:
     with pytest.raises(GrowError, match="the vector space of the router tfidf knows no term"):
         grow_in(trained_run, "az")
     assert not list(trained_run.glob("grown/*/experts"))
+
+
+def test_languages_that_the_tfidf_router_will_lose_are_told(_trained_run: Path, grown_run: Path) -> None:
+    tokenizer, known = Tokenizer.load(_trained_run / "tokenizer"), ["bg", "de", "en", "ru"]
+    # A centre of German alone lies nearer to German than that of the expert, who has Russian too.
+    german = sample_texts(_trained_run / "corpus", "de", 200)
+    (note,) = space_notes(_trained_run, "new", tokenizer, {"xx": german}, known)
+    assert re.match(r"the router tfidf will take (9\d|100)% of de for xx, since", note)
+    both = [*german, *sample_texts(_trained_run / "corpus", "en", 200)]
+    (note,) = space_notes(_trained_run, "new", tokenizer, {"xx": both}, ["ru", "en", "de"])
+    assert re.search(r"\d% of (de|en), \d+% of (de|en) for xx", note) and "ru" not in note.partition("since")[0].replace("router", "")
+    assert space_notes(_trained_run, "new", tokenizer, {"xx": german}, ["ru", "bg"]) == []
+    # The new expert itself, once it is there, is none that it takes from.
+    as_grown = space_notes(grown_run, "az", tokenizer, {"az": german}, known)
+    assert as_grown == space_notes(_trained_run, "az", tokenizer, {"az": german}, known) != []
 
 
 def test_mean_centres_name_the_expert(grown_run: Path) -> None:
