@@ -78,6 +78,9 @@ def collect(run: Path, base: Path) -> dict[str, Any]:
         path = run / "merged" / f"{file}.json"
         if path.is_file():
             found[file] = read_json(path)
+    for key, row in found.get("ladder", {}).get("models", {}).items():
+        made = run / "merged" / key.removeprefix("merged:") / "merge.json"
+        row["training_tokens"] = read_json(made)["facts"].get("training_tokens", 0) if made.is_file() else None
     if growth:
         found["growth"] = _growth(documents, DocumentScores.load(base / "evaluation" / "documents.npz"), growth, old)
     return _rounded(found)

@@ -163,8 +163,9 @@ def ladder(run: Found) -> str:
         rows.append(
             [row["label"], f"{row['mean_bits_per_byte']:.3f}", f"{row['worst_bits_per_byte']:.3f} ({row['worst_language']})"]
             + [f"{row['parameters'] / 1e6:.1f}", f"{row['active_parameters'] / 1e6:.1f}", speed]
+            + [f"{row['training_tokens']:,}" if row["training_tokens"] is not None else ""]
         )
-    return table(["rung", "bits per byte", "worst language", "M parameters", "M active", "tokens/s"], rows)
+    return table(["rung", "bits per byte", "worst language", "M parameters", "M active", "tokens/s", "trained further on, tokens"], rows)
 
 
 def tasks(run: Found) -> str:
