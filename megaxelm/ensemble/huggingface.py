@@ -149,7 +149,8 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
         if language is not None:
             self.set_languages(language)
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            parent: Any = super()
+            return parent.generate(*args, **kwargs)
         finally:
             self._languages = before
 
@@ -171,6 +172,7 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: XelmCache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Log-probabilities of the next token at each place.
 
@@ -179,6 +181,7 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [batch, past + new] or [batch, new]: 0 for padding, which is passed over wherever it stands.
             labels: [batch, new]; the loss is the mean of -log p over those that are not -100, shifted by one as transformers does.
             logits_to_keep: of so many of the last places only; 0: of all.
+            past_key_values: what this model returned for the tokens before. cache: its name since transformers 5.24; give one of both.
 
         Returns:
             `logits` [batch, kept, vocab] fp32, normalised; those of padding are 0 and mean nothing.
@@ -194,7 +197,10 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
             raise RoutingError(f"logits_to_keep = {logits_to_keep!r}: choose 0 (all places) or a number of last places")
         if labels is not None and (logits_to_keep or labels.shape != input_ids.shape):
             raise RoutingError(f"labels {tuple(labels.shape)}: one for each of input_ids {tuple(input_ids.shape)}, without logits_to_keep")
-        cache = self._cache(past_key_values, input_ids.shape[0])
+        if past_key_values is not None and cache is not None:
+            raise RoutingError("past_key_values and cache are two names of one thing; give one of them")
+        given = past_key_values if cache is None else cache
+        cache = self._cache(given, input_ids.shape[0])
         valid = _valid(attention_mask, input_ids, cache.columns)
         kept = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
         fresh = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), valid, strict=True)]
@@ -204,8 +210,8 @@ class XelmForCausalLM(PreTrainedModel, GenerationMixin):
         logits = logprobs.new_zeros(*shown.shape, logprobs.shape[-1])
         logits[shown.to(logits.device)] = logprobs
         loss = None if labels is None else _loss(logits, labels.to(logits.device))
-        past = cache if use_cache or (use_cache is None and past_key_values is not None) else None
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        past = cache if use_cache or (use_cache is None and given is not None) else None
+        output = CausalLMOutputWithPast(loss, logits, past)  # by place: the third field is named past_key_values or cache, by version
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def _cache(self, given: Any, batch: int) -> XelmCache:

@@ -257,8 +257,9 @@ def test_a_text_in_pieces_of_any_size_gives_the_same(model: XelmForCausalLM, bat
         model.set_router(router, top_m=2)
         whole = model(ids, attention_mask=mask).logits
         cache, found = None, []
-        for begin, end in ((0, 2), (2, 3), (3, 6), (6, 7), (7, ids.shape[1])):
-            output = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        for number, (begin, end) in enumerate(((0, 2), (2, 3), (3, 6), (6, 7), (7, ids.shape[1]))):
+            name = ("past_key_values", "cache")[number % 2]  # what transformers called it until 5.23, and what since
+            output = model(ids[:, begin:end], attention_mask=mask[:, :end], **{name: cache}, use_cache=True)
             cache = output.past_key_values
             found.append(output.logits)
         assert torch.allclose(torch.cat(found, 1), whole, atol=2e-4)
@@ -353,6 +354,7 @@ IDS = torch.tensor([[1, 100], [1, 101]])
         (lambda model: model(IDS, attention_mask=torch.ones(2, 3)), r"attention_mask \(2, 3\): expected \[2, 2\]"),
         (lambda model: model(IDS, past_key_values=DynamicCache()), "is a DynamicCache"),
         (lambda model: model(IDS, past_key_values=model(IDS[:1], use_cache=True).past_key_values), "has 1 rows, input_ids 2"),
+        (lambda model: model(IDS, past_key_values=(past := model(IDS, use_cache=True)[-1]), cache=past), "two names of one thing"),
         (lambda model: model(IDS[:, :1].expand(2, 65)), "65 tokens is longer than the 64 positions of expert e0"),
         (lambda model: model.generate(IDS, language=["en", "ru", "en"], max_new_tokens=1), "3 languages for 2 rows"),
         (lambda model: model.set_router("best"), "router = 'best'"),
