@@ -10,7 +10,7 @@ imported here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,6 +32,7 @@ class Grown:
 
     name: str
     languages: tuple[str, ...]
+    """Those it was grown for and that no other expert of the ensemble was grown for since."""
     donor: str
     """Name of the model that it branched from."""
     kind: Kind
@@ -73,6 +74,17 @@ class Growth:
     def kept(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are not dropped."""
         return [name for name in names if name not in self.dropped_experts]
+
+    def handed_over(self, name: str, languages: Iterable[str]) -> Growth:
+        """The same where, of the experts of the ensemble, `name` alone stands for `languages`: each language has one grown expert."""
+        taken = set(languages)
+
+        def left(item: Grown) -> Grown:
+            if item.name == name or item not in self.experts or not taken & set(item.languages):
+                return item
+            return replace(item, languages=tuple(code for code in item.languages if code not in taken))
+
+        return replace(self, grown=tuple(left(item) for item in self.grown))
 
     def settings(self) -> dict[str, Any]:
         """For the marker of what is made from it; empty for a run that never grew."""

@@ -78,6 +78,13 @@ def grow_recipe(base: Path, /, **sections: Any) -> dict[str, Any]:
     return tree
 
 
+def write_index(folder: Path, clusters: dict[str, dict[str, int]]) -> None:
+    """The manifest of a token index, with the tokens of each language in each cluster."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {name: {code: {"tokens": tokens} for code, tokens in text.items()} for name, text in clusters.items()}
+    (folder / "manifest.json").write_text(json.dumps({"clusters": found}))
+
+
 def grow_in(run: Path, *languages: str, **options: Any) -> tuple[bool, list[str]]:
     """Grow languages in a run; returns whether anything was trained, and what was said."""
     from megaxelm.grow.make import GrowOptions, grow

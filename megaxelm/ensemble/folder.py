@@ -345,7 +345,10 @@ def _save_routers(folder: Path, data: RouterData) -> None:
     has_space = data.space is not None and data.centres is not None
     if has_space:
         data.space.save(folder, SPACE_NAME)
-        save_file({"centres": data.centres.to(torch.float32).contiguous()}, folder / "centres.safetensors")  # type: ignore[union-attr]
+        tensors = {"centres": data.centres.to(torch.float32).contiguous()}  # type: ignore[union-attr]
+        if data.centre_experts is not None:
+            tensors["experts"] = torch.tensor(data.centre_experts)
+        save_file(tensors, folder / "centres.safetensors")
     write_json(folder / "router.json", {name: getattr(data, name) for name in _PLAIN} | {"tfidf": has_space})
 
 
@@ -373,10 +376,16 @@ def _load_routers(folder: Path, names: list[str], fallback: str | None, tokenize
 
         path = folder / "centres.safetensors"
         try:
-            data.centres = load_file(path)["centres"]
+            tensors = load_file(path)
+            data.centres = tensors["centres"]
         except (OSError, SafetensorError, KeyError) as error:
             raise RoutingError(f"{path}: missing or damaged ({error}); build the ensemble again") from None
-        if data.centres.shape[0] != len(data.trained):
-            raise RoutingError(f"{path}: {data.centres.shape[0]} centres for {len(data.trained)} experts; build the ensemble again")
+        if "experts" in tensors:
+            data.centre_experts = tensors["experts"].tolist()
+        owners = list(range(len(data.centres))) if data.centre_experts is None else data.centre_experts
+        if len(owners) != len(data.centres) or sorted(set(owners)) != list(range(len(data.trained))):
+            raise RoutingError(
+                f"{path}: {len(data.centres)} centres for {len(set(owners))} of {len(data.trained)} experts; build the ensemble again"
+            )
         data.space = TfidfSpace.load(folder, SPACE_NAME, tokenizer)
     return data

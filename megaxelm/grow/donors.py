@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megaxelm.cluster.typology import donors, language_distances
 from megaxelm.errors import ClusterError, GrowError
-from megaxelm.growth import Growth, export_folder, grown_folder, index_clusters, language_owners
+from megaxelm.growth import Growth, export_folder, grown_folder, index_clusters
 from megaxelm.recipe import Recipe, TypologyConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Candidate:
 
     name: str
     languages: tuple[str, ...]
-    """Those it stands for, by which typology judges it; a baseline stands for none."""
+    """Those it was trained for, dropped ones too, by which typology judges it; a baseline stands for none."""
     tokens: Mapping[str, int]
     """Tokens of its training text by language: what it is reminded of by replay."""
     export: Path
@@ -57,7 +57,8 @@ def find_candidates(recipe: Recipe, run_folder: Path, growth: Growth, tokenizer:
         for name, found in index_clusters(run_folder).items()
         if name in partitioner.names
     }
-    owners = language_owners(language_experts(partitioner.languages(), text), growth)
+    # What is dropped leaves the ensemble and not the weights: an expert is as near as it was, and the same command finds the same donor.
+    owners = language_experts(partitioner.languages(), text)
     found = {}
     for name in partitioner.names:
         held = tuple(sorted(code for code, owner in owners.items() if owner == name))

@@ -103,21 +103,37 @@ def _undo(
         unknown = [item for item in (languages if name == "language" else experts) if item not in dropped]
         if unknown:
             raise GrowError(f"--undo: the {name} {', '.join(unknown)} is not dropped; dropped are {', '.join(dropped) or 'none'}")
+    back = _joined(experts, [name for code in languages for name in _who_left_with(code, old, texts)])
+    grown = [item for item in old.grown if item.kind == "expert" and item.name in back]
     holders = {code: name for name, codes in held.items() for code in codes}
-    for name in experts:
-        grown = old.find(name)
-        taken = sorted({holders[code] for code in texts[name] if code in holders}) if grown and grown.kind == "expert" else []
+    for item in grown:
+        taken = sorted({holders[code] for code in item.languages if code in holders})
         if taken:
-            raise GrowError(f"--undo --experts {name}: its languages are held by {', '.join(taken)} now; drop that first")
-    back = list(experts)
-    back += [name for name in old.dropped_experts if set(texts.get(name, [])) & set(languages) and name not in back]
-    codes = {code for name in experts for code in texts[name]} | set(languages)
+            raise GrowError(f"--undo: `{item.name}` cannot come back: its languages are held by {', '.join(taken)} now; drop that first")
+        holders |= dict.fromkeys(item.languages, item.name)
+    comparisons = {item.name for item in old.grown if item.kind == "lapt"}
+    codes = {code for name in experts if name not in comparisons for code in texts[name]} | set(languages)
     new = Growth(
         old.grown,
         tuple(code for code in old.dropped_languages if code not in codes),
         tuple(name for name in old.dropped_experts if name not in back),
     )
-    return new, [f"`{name}` is back" for name in back] + [f"{code} is back" for code in languages]
+    for item in grown:
+        new = new.handed_over(item.name, item.languages)
+    return new, [f"`{name}` is back" for name in back] + [f"{code} is back" for code in old.dropped_languages if code in codes]
+
+
+def _who_left_with(code: str, old: Growth, texts: Mapping[str, list[str]]) -> list[str]:
+    """The experts that come back with a dropped language: the grown one that held it last, or else the run's own with its text.
+
+    Where the grown one stayed for other languages nobody does. Comparisons leave by name alone, so they come back by name alone.
+    """
+    grown = [item.name for item in old.grown if item.kind == "expert" and code in item.languages]
+    if any(name not in old.dropped_experts for name in grown):
+        return []
+    if grown:
+        return [max(grown, key=old.dropped_experts.index)]
+    return [name for name in old.dropped_experts if old.find(name) is None and code in texts.get(name, [])]
 
 
 def _check_names(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,8 @@ def _rule_names(name: str, group: Sequence[str], growth: Growth, models: Mapping
     return [
         item.name
         for item in models.values()
-        if item.name not in (*BASELINES, *later, *growth.dropped_experts) and not set(item.languages) & set(group)
+        if item.name not in (*BASELINES, *later, *growth.dropped_experts)
+        and not (growth.find(item.name) and set(item.languages) & set(group))
     ]
 
 
@@ -254,11 +255,13 @@ def _sources(
 
     own = recipe.model_dump(mode="json")["corpus"]
     train, valid = list(own["train"]), list(own["valid"])
+    given = parse_sources(options.corpus, options.languages)
     if growth.find(donor):
         of_donor = RunFolder(grown_folder(folder.path, donor)).recipe().model_dump(mode="json")["corpus"]
-        train += [item for item in of_donor["train"] if item not in train]
+        # A file that the donor was given may hold the new language as well, and is given again for it.
+        given_files = [item["files"] for item in given]
+        train += [item for item in of_donor["train"] if item not in train and item.get("files") not in given_files]
         valid += [item for item in of_donor["valid"] if item not in valid]
-    given = parse_sources(options.corpus, options.languages)
     if given and not replays:
         return given, [*parse_sources(options.valid, options.languages), *(valid if not options.valid else [])]
     try:
@@ -295,27 +298,32 @@ def _report_plan(folder: RunFolder, planned: Sequence[tuple[Grown, ChildPlan]], 
         "tokens": tokens,
         "compared_with": [item.name for item, _ in planned[1:]],
     }
-    write_json(path, read_json(path) | {"training": training})
+    write_json(path, read_json(path) | {"training": training, "dry_run": options.dry_run})
 
 
 def _train(folder: RunFolder, plans: Sequence[tuple[Grown, ChildPlan]], recipes: Sequence[Recipe], say: Say) -> bool:
     """Train what is missing or stale, each in its run directory; a model stands in growth.json once it is trained."""
-    children = [_child_stages(folder, entry.name, recipe, say) for (entry, _), recipe in zip(plans, recipes, strict=True)]
-    stale = {entry.name for (entry, _), stages in zip(plans, children, strict=True) if not stages.is_fresh("experts")}
-    before = model_hashes(folder.path) if stale else {}
-    for (entry, _), stages in zip(plans, children, strict=True):
-        if entry.name in stale:
-            stages.folder.path.mkdir(parents=True, exist_ok=True)
-            stages.run(until="experts")
-            _check_tokenizer(folder, stages.folder)
-        else:
-            say(f"{entry.name}: fresh")
-        _enter(folder.path, entry)
-    if stale:
-        names = [entry.name for entry, _ in plans if entry.name in stale]
-        record_untouched(folder.path, f"grow {' '.join(names)}", before, names)
-        say(f"{len(before)} models hashed before and after: " + "those that were there are as they were")
-    return bool(stale)
+    before: dict[str, str] = {}
+    made: list[str] = []
+    try:
+        for (entry, plan), recipe in zip(plans, recipes, strict=True):
+            # Looked at in turn: a donor may have been made again just before.
+            stages = _child_stages(folder, entry.name, recipe, say)
+            if stages.is_fresh("experts"):
+                say(f"{entry.name}: fresh")
+            else:
+                before = before or model_hashes(folder.path)
+                stages.folder.path.mkdir(parents=True, exist_ok=True)
+                stages.run(until="experts")
+                _check_tokenizer(folder, stages.folder)
+                made.append(entry.name)
+            _enter(folder.path, replace(entry, donor_weights=model_hash(plan.donor_export)))
+    finally:
+        # What was trained before a stop is proved too: the command that goes on finds it fresh.
+        if made:
+            record_untouched(folder.path, f"grow {' '.join(made)}", before, made)
+            say(f"{len(before)} models hashed before and after: those that were there are as they were")
+    return bool(made)
 
 
 def _child_stages(folder: RunFolder, name: str, recipe: Recipe, say: Say) -> Stages:
@@ -347,7 +355,7 @@ def _check_tokenizer(folder: RunFolder, child: RunFolder) -> None:
 
 
 def _enter(run_folder: Path, entry: Grown) -> None:
-    """Put a trained model into growth.json, in its old place where it has one; its languages are no longer dropped."""
+    """Put a trained model into growth.json, in its old place where it has one; its languages are no longer dropped, and are its alone."""
     growth = read_growth(run_folder)
     grown = [entry if item.name == entry.name else item for item in growth.grown]
     if growth.find(entry.name) is None:
@@ -356,5 +364,7 @@ def _enter(run_folder: Path, entry: Grown) -> None:
     if entry.kind == "expert":
         languages = tuple(code for code in languages if code not in entry.languages)
     made = Growth(tuple(grown), languages, growth.dropped_experts)
+    if entry.kind == "expert":
+        made = made.handed_over(entry.name, entry.languages)
     if made != growth:
         write_growth(run_folder, made)

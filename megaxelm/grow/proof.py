@@ -1,4 +1,4 @@
-"""Proof that growing and dropping touch no other model: the weights of all, hashed before and after."""
+"""Proof that growing touches no other model: the weights of all, hashed before and after."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model_hashes(run_folder: Path) -> dict[str, str]:
 
 
 def record_untouched(run_folder: Path, what: str, before: Mapping[str, str], made: Collection[str]) -> dict[str, str]:
-    """Hash all models again, look whether the old ones are the same, and write the event into the run's lineage.
+    """Hash all models again, write the event into the run's lineage, and look whether the old ones are the same.
 
     Args:
         what: the event in words. made: names of the models that were trained meanwhile; all others must be as they were.
@@ -33,11 +33,11 @@ def record_untouched(run_folder: Path, what: str, before: Mapping[str, str], mad
         GrowError: a model that had no part in it has changed.
     """
     after = model_hashes(run_folder)
+    record_event(run_folder, what, dict(before), after)
     touched = [name for name, value in before.items() if name not in made and after.get(name) != value]
     if touched:
         raise GrowError(
             f"{what}: the weights of {', '.join(touched)} are not what they were before, although no other model is written to here: "
             "another program has changed them meanwhile; train them again (megaxelm run RECIPE --from experts), or restore their export"
         )
-    record_event(run_folder, what, dict(before), after)
     return after

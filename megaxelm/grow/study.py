@@ -1,12 +1,13 @@
 """What is measured before an expert is grown: the tokenizer's fit, and how near every possible donor is. Told, and written down.
 
 `grown/<name>/sample/` holds the text of the new languages as the stage `corpus` leaves it, `grown/<name>/growth_report.json` what was
-found: it is what a second `megaxelm grow` reads, so that the same command comes to the same donor although more experts are there by then.
+found: it is what a second `megaxelm grow` reads, so that the same command comes to the same donor although more experts are there by then
+(what a dry run left is not read).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,7 +102,9 @@ def study_languages(
     crowding = space_notes(run_folder, name, tokenizer, texts, [fit.language for fit in known_fits])
 
     old = read_json(folder / REPORT) if (folder / REPORT).exists() else {}
-    names = [item for item in old.get("candidates", rule_names) if item in models] or list(rule_names)
+    # A trained expert keeps those that it was chosen from. One that was stopped keeps those that are not dropped; a dry run binds nobody.
+    left: Collection[str] = models if name in models else [] if old.get("dry_run") else rule_names
+    names = [item for item in old.get("candidates", rule_names) if item in left] or list(rule_names)
     distances, notes = typology_distances(languages, [models[item] for item in names], recipe.clusters.typology)
     scored = list(
         dict.fromkeys([*names, *(item for item in reversed(BASELINES) if item in models), *([wanted] if wanted in models else [])])
@@ -121,7 +124,7 @@ def study_languages(
     better = [item for item in BASELINES if item in mean and mean[item] < mean[choice.name]]
     if better and choice.name not in BASELINES:
         verb = "predicts" if len(better) == 1 else "predict"
-        advice = f"--donor {better[-1]} branches from there"
+        advice = f"--donor {min(better, key=lambda item: mean[item])} branches from there"
         notes = [*notes, f"{' and '.join(better)} {verb} this text better than the donor {choice.name}: {advice}"]
     sizes = load_manifest(corpus)["languages"]
     tokens = {fit.language: sizes[fit.language]["train_bytes"] / fit.bytes_per_token for fit in fits}
@@ -210,31 +213,35 @@ def space_notes(run_folder: Path, name: str, tokenizer: Tokenizer, texts: Mappin
     from megaxelm.ensemble.folder import SPACE_NAME
 
     space = TfidfSpace.load(folder, SPACE_NAME, tokenizer)
-    vectors = space.transform([text for of_language in texts.values() for text in of_language])
-    if not (abs(vectors).max(-1) > 0).any():
+    tensors = load_file(folder / "centres.safetensors")
+    by_language = "experts" in tensors
+    together = ", ".join(texts)
+    groups = texts if by_language else {together: [text for of_language in texts.values() for text in of_language]}
+    new = np.stack([space.transform(found).sum(0, dtype=np.float64) for found in groups.values()])
+    norm = np.linalg.norm(new, axis=-1, keepdims=True)
+    unknown = [codes for codes, length in zip(groups, norm[:, 0], strict=True) if not length > 0]
+    if unknown:
         raise GrowError(
-            f"{', '.join(texts)}: the vector space of the router tfidf knows no term of this text, so the router could never find it; grow "
-            "it from a run whose tokenizer and clusters.tfidf.analyzer read its script"
+            f"{', '.join(unknown)}: the vector space of the router tfidf knows no term of this text, so the router could never find it; "
+            "grow it from a run whose tokenizer and clusters.tfidf.analyzer read its script"
         )
-    new = vectors.sum(0, dtype=np.float64)
-    new /= np.linalg.norm(new)
+    new /= norm
     experts = [entry["name"] for entry in read_json(run_folder / "ensemble" / "config.json", experts=list)["experts"]]
-    of_others = [number for number, expert in enumerate(experts) if expert != name]
-    old = load_file(folder / "centres.safetensors")["centres"]
-    old = old[[number for number in of_others if number < len(old)]]  # a fallback has no centre
+    owners = tensors["experts"].tolist() if by_language else range(len(tensors["centres"]))
+    old = tensors["centres"][[number for number, owner in enumerate(owners) if experts[owner] != name]]
     taken = {}
     for code in known:
         documents = sample_texts(run_folder / "corpus", code, _FIT_DOCUMENTS)
-        found = space.transform(documents) if documents else np.empty((0, len(new)), np.float32)
+        found = space.transform(documents) if documents else np.empty((0, 0), np.float32)
         found = found[np.abs(found).max(-1) > 0] if len(found) else found
         if len(found):
-            nearest = np.square(found[:, None] - old).sum(-1).min(-1)
-            taken[code] = float(np.mean(np.square(found - new).sum(-1) < nearest))
+            to_old, to_new = (np.square(found[:, None] - centres).sum(-1).min(-1) for centres in (old, new))
+            taken[code] = float(np.mean(to_new < to_old))
     much = sorted(((share, code) for code, share in taken.items() if share >= _TAKEN), reverse=True)
     if not much:
         return []
     shares = ", ".join(f"{share:.0%} of {code}" for share, code in much)
     return [
         f"the router tfidf will take {shares} for {' and '.join(texts)}, since its vector space stays that of the run; the routers "
-        "posterior and language do not"
+        f"posterior and language do not{'' if by_language else '; ensemble.centres = language gives each language a centre of its own'}"
     ]

@@ -15,17 +15,15 @@ from megaxelm.recipe.corpus import (
     TokenizerConfig,
 )
 from megaxelm.recipe.load import dump_recipe, load_recipe, override_tree, parse_recipe
+from megaxelm.recipe.mixture import EnsembleConfig, EvaluationConfig, RouterName
 from megaxelm.recipe.reference import recipe_docs
 from megaxelm.recipe.rounds import RoundConfig, round_steps
 from megaxelm.recipe.schema import (
-    EnsembleConfig,
-    EvaluationConfig,
     ExpertsConfig,
     ExportConfig,
     LoraConfig,
     ModelConfig,
     Recipe,
-    RouterName,
     SeedConfig,
     TrainConfig,
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megaxelm.ensemble.centres import nearest_distances
 from megaxelm.ensemble.routers import (
     DistanceTrust,
     FixedRouter,
@@ -20,7 +21,7 @@ from megaxelm.ensemble.routers import (
     make_router,
 )
 from megaxelm.ensemble.scoring import mixture_logprob
-from megaxelm.ensemble.stage import nearest_distances, posterior_prior
+from megaxelm.ensemble.stage import posterior_prior
 from megaxelm.ensemble.weights import FALLBACK_BOUND, top_m
 from megaxelm.errors import RoutingError
 

@@ -38,7 +38,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, decoders: list[Decoder]) -> 
     return root
 
 
-def save(parts: Path, out: Path, analyzer: str = "subword") -> None:
+def save(parts: Path, out: Path, analyzer: str = "subword", centre_experts: list[int] | None = None) -> None:
     tokenizer = Tokenizer.load(parts / "tokenizer")
     space = TfidfSpace.fit(TEXTS, TfidfConfig(analyzer=analyzer, dimensions=3), 0, tokenizer)
     vectors = torch.from_numpy(space.transform(TEXTS))
@@ -51,7 +51,8 @@ def save(parts: Path, out: Path, analyzer: str = "subword") -> None:
         posterior_prior=[0.5, 0.25, 0.25],
         posterior_decay=0.9,
         space=space,
-        centres=torch.stack([vectors[0], vectors[2], vectors[1]]),
+        centres=torch.stack([vectors[0], vectors[2], vectors[1]] + ([] if centre_experts is None else [vectors[3]])),
+        centre_experts=centre_experts,
     )
     exports = {f"e{number}": parts / "exports" / f"e{number}" for number in range(3)}
     tokens = {"e0": {"en": 100}, "e1": {"ru": 200}, "e2": {}}
@@ -228,6 +229,19 @@ def test_where_links_are_refused_experts_are_copied(parts: Path, tmp_path: Path,
 
 def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_centres_of_several_languages_come_back(parts: Path, tmp_path: Path) -> None:
+    save(parts, tmp_path / "one")
+    assert load_ensemble(tmp_path / "one").data.centre_experts is None
+    save(parts, tmp_path / "several", centre_experts=[1, 0, 2, 0])
+    data = load_ensemble(tmp_path / "several").data
+    assert data.centre_experts == [1, 0, 2, 0] and data.centres is not None and data.centres.shape[0] == 4
+    for wrong in ([0, 1, 2], [0, 1, 1, 0], [0, 1, 2, 3]):
+        shutil.rmtree(tmp_path / "several")
+        save(parts, tmp_path / "several", centre_experts=wrong)
+        with pytest.raises(RoutingError, match=rf"4 centres for {len(set(wrong))} of 3 experts"):
+            load_ensemble(tmp_path / "several")
 
 
 @pytest.mark.parametrize(

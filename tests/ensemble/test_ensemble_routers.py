@@ -22,6 +22,7 @@ from megaxelm.ensemble.routers import (
     UniformRouter,
     make_router,
 )
+from megaxelm.ensemble.routers.fallback import DistanceTrust
 from megaxelm.ensemble.scoring import mixture_logprob
 from megaxelm.errors import RoutingError
 from megaxelm.recipe import TfidfConfig
@@ -65,6 +66,28 @@ def test_tfidf_measures_squared_distance_to_the_centres() -> None:
     router = TfidfRouter(FixedVector([1.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), temperature=0.5)
     weights = router.weights(router.start([Request()]))[0].exp()
     assert weights.tolist() == pytest.approx(torch.tensor([0.0, -4.0, -1.6]).softmax(0).tolist(), abs=1e-6)
+
+
+def test_tfidf_measures_to_the_nearest_of_an_experts_centres() -> None:
+    centres = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    for trust in (None, DistanceTrust(0.5, 1.0, 0.1)):
+        router = TfidfRouter(FixedVector([1.0, 0.0]), centres, 0.5, trust=trust, experts=[0, 1, 0, 1])
+        assert (router.num_experts, router.fallback) == ((2, None) if trust is None else (3, 2))
+        distance, known = router.distances(vectors)
+        expected = torch.tensor([[0.8, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+        assert torch.allclose(distance, expected, atol=1e-6) and known.tolist() == [True, True, False]
+        one_each = TfidfRouter(FixedVector([1.0, 0.0]), centres[[2, 1]], 0.5, trust=trust)
+        assert torch.allclose(router.of_vectors(vectors[:1]), one_each.of_vectors(vectors[:1]))
+        assert torch.allclose(router.of_vectors(vectors[2:]).exp()[:, :2].sum(), torch.tensor(0.0 if trust else 1.0, dtype=torch.float64))
+    in_order = TfidfRouter(FixedVector([1.0, 0.0]), centres, 0.5, experts=[0, 1, 2, 3]).of_vectors(vectors)
+    assert torch.equal(in_order, TfidfRouter(FixedVector([1.0, 0.0]), centres, 0.5).of_vectors(vectors))
+
+
+@pytest.mark.parametrize("experts", [[0, 1], [0, 0, 2], [-1, 0, 1], [0, 1, 2, 2]])
+def test_every_expert_needs_a_centre(experts: list[int]) -> None:
+    with pytest.raises(RoutingError, match="every expert needs one"):
+        TfidfRouter(FixedVector([1.0]), torch.zeros(3, 1), temperature=0.1, experts=experts)
 
 
 def test_tfidf_is_uniform_before_any_known_term() -> None:

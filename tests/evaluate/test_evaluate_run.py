@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from megaxelm.ensemble.centres import mean_centres
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.generation import generate
 from megaxelm.ensemble.routers import Request
-from megaxelm.ensemble.stage import build_ensemble, language_experts, mean_centres
+from megaxelm.ensemble.stage import build_ensemble, language_experts
 from megaxelm.errors import MegaxelmError
 from megaxelm.evaluate.documents import document_nats
 from megaxelm.evaluate.perplexity import read_held_out

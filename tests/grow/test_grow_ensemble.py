@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from growing import drop_in, grow_in
 
 from megaxelm.corpus.tokenizer import Tokenizer
+from megaxelm.ensemble.centres import mean_centres, sample_documents
 from megaxelm.ensemble.folder import load_ensemble
 from megaxelm.ensemble.routers import Request
-from megaxelm.ensemble.stage import build_ensemble, mean_centres, sample_documents
+from megaxelm.ensemble.stage import build_ensemble
 from megaxelm.errors import GrowError, RoutingError, StageError
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.files import read_json
 from megaxelm.grow.study import sample_texts, space_notes
-from megaxelm.growth import read_growth
+from megaxelm.growth import Growth, read_growth, write_growth
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
 
@@ -193,6 +195,30 @@ def test_an_expert_by_name_takes_its_languages_along_and_leaves_the_weights_of_t
     assert read_growth(grown_run).dropped_languages == ("bg",)
 
 
+def test_a_language_of_a_dropped_expert_goes_to_another_that_has_its_text(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megaxelm.cluster import load
+
+    load_partitioner = load.load_partitioner
+
+    def by_document(*given: Any) -> Any:
+        partitioner = load_partitioner(*given)
+        partitioner.languages = lambda: None  # type: ignore[method-assign]
+        return partitioner
+
+    monkeypatch.setattr(load, "load_partitioner", by_document)
+    manifest = trained_run / "index" / "manifest.json"
+    index = read_json(manifest)
+    index["clusters"]["de-ru"]["en"] = dict.fromkeys(("documents", "tokens", "bytes"), 1)
+    manifest.write_text(json.dumps(index))
+    write_growth(trained_run, Growth((), ("bg",), ("bg-en",)))
+    build_ensemble(RunFolder(trained_run).recipe(), trained_run, tmp_path / "e")
+    ensemble = load_ensemble(tmp_path / "e")
+    assert ensemble.experts == ["de-ru"]
+    assert ensemble.data.language_expert == {"de": "de-ru", "en": "de-ru", "ru": "de-ru"}
+
+
 def test_comparisons_leave_with_their_language_or_by_name(grown_run: Path) -> None:
     drop_in(grown_run, experts="az-lapt-seed")
     assert {key for key in scores_of(grown_run).nats if key.startswith("lapt")} == {"lapt:az-lapt-dense"}
@@ -269,6 +295,38 @@ def test_languages_that_the_tfidf_router_will_lose_are_told(_trained_run: Path, 
     # The new expert itself, once it is there, is none that it takes from.
     as_grown = space_notes(grown_run, "az", tokenizer, {"az": german}, known)
     assert as_grown == space_notes(_trained_run, "az", tokenizer, {"az": german}, known) != []
+
+
+def test_with_a_centre_for_each_language_fewer_texts_go_astray(_trained_run: Path, grown_run: Path) -> None:
+    tokenizer, known = Tokenizer.load(_trained_run / "tokenizer"), ["bg", "de", "en", "ru"]
+    recipe = RunFolder(grown_run).recipe()
+    by_language = recipe.model_copy(update={"ensemble": recipe.ensemble.model_copy(update={"centres": "language"})})
+    shares = {}
+    for name, found in (("cluster", recipe), ("language", by_language)):
+        build_ensemble(found, grown_run, grown_run / name)
+        ensemble = load_ensemble(grown_run / name)
+        router = ensemble.router("tfidf")
+        right = []
+        for code in [*known, "az"]:
+            folder = grown_run / "grown" / "az" if code == "az" else grown_run
+            for text in sample_texts(folder / "corpus", code, 30):
+                weights = router.weights(router.start([Request(tokenizer.encode([text])[0])]))[0]
+                right.append(ensemble.experts[int(weights.argmax())] == ensemble.data.language_expert[code])
+        shares[name] = sum(right) / len(right)
+    data = load_ensemble(grown_run / "language").data
+    assert data.centre_experts == [0, 0, 1, 1, 2] and data.centres is not None and data.centres.shape[0] == 5
+    assert shares["language"] > 0.9 and shares["cluster"] < 0.8, shares
+    shutil.rmtree(grown_run / "ensemble")
+    (grown_run / "language").rename(grown_run / "ensemble")
+    texts = sample_texts(grown_run / "grown" / "az" / "corpus", "az", 200)
+    (now,), (before,) = (space_notes(run, "az", tokenizer, {"az": texts}, known) for run in (grown_run, _trained_run))
+    # The way out is named where it is not taken yet.
+    assert "ensemble.centres = language" in before and "ensemble.centres" not in now
+    lost, at_first = (re.search(r"(\d+)% of de\b", note) for note in (now, before))
+    assert lost and at_first and int(lost[1]) < 40 and int(at_first[1]) > 80
+    german = sample_texts(grown_run / "corpus", "de", 200)[:5]
+    with pytest.raises(GrowError, match="^yy: the vector space"):
+        space_notes(grown_run, "new", tokenizer, {"xx": german, "yy": [""]}, known)
 
 
 def test_mean_centres_name_the_expert(grown_run: Path) -> None:

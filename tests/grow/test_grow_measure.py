@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from growing import write_index
 
 from megaxelm.corpus.tokenizer import Tokenizer
 from megaxelm.errors import GrowError, RecipeError, StageError
 from megaxelm.grow.child import ChildPlan, child_recipe, mixing_weights, parse_sources
 from megaxelm.grow.donors import Candidate, choose_donor, find_candidates, sample_bits, typology_distances
 from megaxelm.grow.fit import TokenizerFit, measure_fit, poor_fit
-from megaxelm.growth import Grown, Growth, evaluated_languages, held_clusters, language_owners, read_growth, write_growth
+from megaxelm.growth import Grown, Growth, evaluated_languages, grown_fingerprint, held_clusters, language_owners, read_growth, write_growth
 from megaxelm.recipe import TypologyConfig, parse_recipe
 
 
@@ -131,7 +132,8 @@ def test_what_typology_does_not_know_is_left_out_and_told() -> None:
     found, notes = typology_distances(["az"], experts, TypologyConfig())
     assert set(found) == {"tr-qq", "de"} and notes == ["no typological features of qq, qqq: left out of the distances"]
     found, notes = typology_distances(["az", "qx"], experts, TypologyConfig())
-    assert found == {} and "no typological features of qx (URIEL, syntax_average)" in notes
+    assert found == {} and notes[0].startswith("no typological features of qq, qqq") and len(notes) == 2
+    assert "no typological features of qx (URIEL, syntax_average)" in notes
 
 
 def test_own_distances_rule_where_they_are_given(tmp_path: Path) -> None:
@@ -180,6 +182,7 @@ def test_bits_of_a_sample_are_those_that_an_evaluation_gives(grown_run: Path) ->
 def test_shares_of_the_languages() -> None:
     weights = mixing_weights({"az": 30.0, "uk": 10.0}, {"tr": 990, "uk": 500, "zh": 2000, "xx": 20, "yy": 0}, 0.2)
     assert list(weights) == ["az", "uk", "tr", "zh"]  # xx has less than 1 %, uk is new
+    assert "xx" in mixing_weights({"uk": 1.0}, {"tr": 990, "uk": 5000, "xx": 20}, 0.2)  # 1 % of what may be replayed
     assert weights["az"] == pytest.approx(0.6) and weights["uk"] == pytest.approx(0.2)
     assert weights["tr"] == pytest.approx(0.2 * 990 / 2990) and sum(weights.values()) == pytest.approx(1)
     assert mixing_weights({"az": 1.0}, {"tr": 5}, 0.0) == {"az": 1.0}
@@ -206,7 +209,7 @@ def test_the_recipe_of_a_child_keeps_the_runs_settings_and_its_own_part() -> Non
         "train": {"lr": 3e-4, "batch_sequences": 12, "language_alpha": 0.3, "sequence_length": 64, "precision": "fp32"},
         "experts": {"steps": 9, "batch_sequences": 5, "allow_unequal_tokens": True},
         "ensemble": {"top_m": 3, "fixed_weights": {"c0": 1.0}, "router": "fixed", "fallback": "dense"},
-        "evaluation": {"routers": ["fixed"], "max_documents": 7},
+        "evaluation": {"routers": ["fixed"], "max_documents": 7, "sequence_length": 48},
     }
     child = child_recipe(parse_recipe(tree), Path("r/tokenizer"), plan_of(overrides=["train.lr=1e-3"]))
     assert (child.name, child.tokenizer.load, child.seed.load) == ("az", "r/tokenizer", "r/experts/tr/export")
@@ -217,13 +220,21 @@ def test_the_recipe_of_a_child_keeps_the_runs_settings_and_its_own_part() -> Non
     assert (child.train.steps, child.train.batch_sequences, child.train.lr, child.train.sequence_length) == (7, 3, 1e-3, 64)
     assert child.experts.dense is False and child.experts.steps is None and child.experts.batch_sequences is None
     assert child.ensemble.top_m is None and child.ensemble.fallback is None and child.evaluation.max_documents == 7
+    assert child.evaluation.sequence_length == 48
     from megaxelm.train.members import plan_members
 
     parent = parse_recipe(tree)
+    again = child_recipe(parse_recipe(tree), Path("r/tokenizer"), plan_of(generation=2))
+    assert len({parent.train.seed, child.train.seed, again.train.seed}) == 3  # nor in that of a grown donor
     members = plan_members(child, ["az"])
     orders = {plan_members(parent, list("abcd"))[name].sample_seed(parent.train.seed) for name in ("seed", "a")}
     assert members["az"].sample_seed(child.train.seed) not in orders
     assert (members["az"].steps, members["az"].batch_sequences, members["az"].parent, members["seed"].steps) == (7, 3, "seed", 0)
+
+
+def test_a_child_of_a_run_of_rounds_has_one() -> None:
+    parent = parse_recipe({"name": "p", "corpus": {"train": "b.jsonl"}, "clusters": {"k": 4}, "rounds": [{"k": 2}, {"k": 4}]})
+    assert child_recipe(parent, Path("t"), plan_of()).rounds == []
 
 
 @pytest.mark.parametrize(
@@ -252,12 +263,6 @@ def test_sources_may_name_their_language() -> None:
     ]
 
 
-def write_index(folder: Path, clusters: dict[str, dict[str, int]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {name: {code: {"tokens": tokens} for code, tokens in text.items()} for name, text in clusters.items()}
-    (folder / "manifest.json").write_text(json.dumps({"clusters": found}))
-
-
 def test_who_stands_for_which_text(tmp_path: Path) -> None:
     write_index(tmp_path / "index", {"a": {"de": 5, "tr": 9}, "b": {"tr": 1, "zh": 4}})
     write_index(tmp_path / "grown" / "az" / "index", {"az": {"az": 3, "de": 5, "tr": 9}})
@@ -273,11 +278,30 @@ def test_who_stands_for_which_text(tmp_path: Path) -> None:
     folders = evaluated_languages(tmp_path, growth)
     assert folders["az"] == tmp_path / "grown" / "az" / "corpus" / "valid" and folders["de"] == tmp_path / "corpus" / "valid"
     assert growth.comparisons == [lapt] and growth.experts == [az]
+    both = Grown("az-uk-lapt-seed", ("az", "uk"), "seed", "lapt", "h")
+    assert Growth((both,), ("az",)).comparisons == [both] and Growth((both,), ("az", "uk")).comparisons == []
     less = Growth((az, lapt), ("tr", "az"), ("az",))
     assert {name: list(text) for name, text in held_clusters(tmp_path, less).items()} == {"a": ["de"], "b": ["zh"]}
     assert less.comparisons == [] and less.experts == [] and list(evaluated_languages(tmp_path, less)) == ["de", "zh"]
     assert language_owners({"de": "a", "tr": "a", "zh": "b"}, less) == {"de": "a", "zh": "b"}
     assert language_owners({"de": "a"}, growth) == {"de": "a", "az": "az"}
+
+
+def test_what_is_made_from_a_grown_model_depends_on_training_weights_and_text(tmp_path: Path) -> None:
+    model, corpus = (tmp_path / "grown" / "az" / place / "stage.json" for place in ("experts/az", "corpus"))
+    for path in (model, corpus):
+        path.parent.mkdir(parents=True)
+
+    def found(training: str, weights: str, text: str) -> str:
+        model.write_text(json.dumps({"fingerprint": training, "weights": weights}))
+        corpus.write_text(json.dumps({"fingerprint": text}))
+        return grown_fingerprint(tmp_path, "az")
+
+    assert found("a", "b", "c") == found("a", "b", "c")
+    assert len({found(*parts) for parts in ("abc", "xbc", "axc", "abx")}) == 4
+    corpus.unlink()
+    with pytest.raises(StageError, match="grown/az is not finished; go on with it: megaxelm grow"):
+        grown_fingerprint(tmp_path, "az")
 
 
 def test_the_record_is_read_back_and_damage_is_told(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from growing import NEW_WORDS, drop_in, grow_in
 
-from megaxelm.errors import CorpusError, GrowError, MegaxelmError, StageError
+from megaxelm.errors import CorpusError, GrowError, MegaxelmError, RecipeError, StageError
 from megaxelm.files import read_json
 from megaxelm.grow.make import GrowOptions
-from megaxelm.growth import read_growth
+from megaxelm.growth import Growth, read_growth, write_growth
 from megaxelm.model.hub import weights_hash
 from megaxelm.run import RunFolder
 from megaxelm.stages import Stages
@@ -43,6 +43,8 @@ def test_replay_goes_by_the_tokens_of_the_donors_languages(grown_run: Path) -> N
     weights = RunFolder(grown_run / "grown" / "az").recipe().train.language_weights
     counts = read_json(grown_run / "index" / "manifest.json")["clusters"]["de-ru"]
     assert weights["az"] == pytest.approx(0.75)
+    tokens = read_json(grown_run / "grown" / "az" / "index" / "manifest.json")["clusters"]["az"]["az"]["tokens"]
+    assert report_of(grown_run, "az")["tokens"]["az"] == pytest.approx(tokens, rel=0.2)
     assert weights["de"] + weights["ru"] == pytest.approx(0.25)
     assert weights["de"] / weights["ru"] == pytest.approx(counts["de"]["tokens"] / counts["ru"]["tokens"])
 
@@ -154,6 +156,60 @@ def test_a_donor_that_was_trained_again_makes_the_child_stale(grown_run: Path) -
     assert made and any("az | seed" in line and "making" in line for line in said)
 
 
+def test_the_same_command_finds_the_same_donor_although_it_was_dropped(grown_run: Path) -> None:
+    drop_in(grown_run, "de ru")
+    assert read_growth(grown_run).dropped_experts == ("de-ru",)
+    made, said = grow_in(grown_run, "az", lapt=True)
+    assert not made and "az: fresh" in said and report_of(grown_run, "az")["donor"]["name"] == "de-ru"
+
+
+def test_bits_are_measured_again_where_a_model_or_the_sample_is_another(grown_run: Path, tmp_path: Path) -> None:
+    def measured(**options: Any) -> bool:
+        return any("models read a sample of az" in line for line in grow_in(grown_run, "az", dry_run=True, **options)[1])
+
+    assert not measured()
+    export, marker = (grown_run / "experts" / "bg-en" / name for name in ("export", "stage.json"))
+    shutil.copy(grown_run / "experts" / "de-ru" / "export" / "model.safetensors", export)
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"weights": weights_hash(export)}))
+    before = report_of(grown_run, "az")["bits_per_byte"]
+    assert measured() and not measured()
+    bits = report_of(grown_run, "az")["bits_per_byte"]
+    assert bits["bg-en"] == bits["de-ru"] == before["de-ru"] != before["bg-en"]
+    lines = (Path(trained_new(grown_run)) / "az.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    assert measured(corpus=[f"{tmp_path}/some.jsonl"])
+
+
+def test_a_dry_run_binds_nobody_and_no_rule_chooses_who_was_dropped(trained_run: Path) -> None:
+    def candidates(kept: Growth) -> list[str]:
+        write_growth(trained_run, kept)
+        grow_in(trained_run, "az", dry_run=True)
+        found: list[str] = report_of(trained_run, "az")["candidates"]
+        return found
+
+    assert candidates(Growth((), ("de", "ru"), ("de-ru",))) == ["bg-en"]
+    assert candidates(Growth()) == ["bg-en", "de-ru"]
+    report = trained_run / "grown" / "az" / "growth_report.json"
+    report.write_text(json.dumps(read_json(report) | {"dry_run": False, "candidates": ["de-ru"]}))
+    assert candidates(Growth()) == ["de-ru"]  # what was stopped goes on with those it had
+    report.write_text(json.dumps(read_json(report) | {"dry_run": False, "candidates": ["bg-en", "de-ru"]}))
+    assert candidates(Growth((), ("de", "ru"), ("de-ru",))) == ["bg-en"]
+
+
+def test_a_baseline_that_predicts_the_text_better_than_the_donor_is_advised(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = {"bg-en": 2.0, "de-ru": 2.0, "dense": 1.5, "seed": 1.0}
+    monkeypatch.setattr("megaxelm.grow.study.sample_bits", lambda *given: {name: {"az": value} for name, value in bits.items()})
+    monkeypatch.setattr("megaxelm.grow.study.space_notes", lambda *given: [])
+    grow_in(trained_run, "az", dry_run=True)
+    assert report_of(trained_run, "az")["notes"] == [
+        "seed and dense predict this text better than the donor de-ru: --donor seed branches from there"
+    ]
+    shutil.rmtree(trained_run / "grown")
+    bits |= {"dense": 2.0, "seed": 2.5}
+    grow_in(trained_run, "az", dry_run=True)
+    assert report_of(trained_run, "az")["notes"] == []
+
+
 def test_a_dry_run_measures_and_trains_nothing(trained_run: Path) -> None:
     made, said = grow_in(trained_run, "az", "uk", dry_run=True, lapt=True)
     assert not made and "dry run" in said[-1]
@@ -171,6 +227,8 @@ def test_a_dry_run_measures_and_trains_nothing(trained_run: Path) -> None:
     assert report["training"]["tokens"] == 6 * 4 * 32
     assert report["training"]["compared_with"] == ["az-lapt-dense", "az-lapt-seed"]
     assert report["tokenizer"]["new"]["az"]["tokens_per_word"] > report["tokenizer"]["known"]["de"]["tokens_per_word"]
+    with pytest.raises(RecipeError, match="train.lr"):
+        grow_in(trained_run, "az", dry_run=True, overrides=["train.lr=-1"])
 
 
 @pytest.mark.slow
@@ -263,6 +321,12 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert not list(trained_run.glob("grown/*/experts")) and not list(trained_run.glob("grown/*/corpus"))
     if not options.get("overrides"):
         assert not list(trained_run.glob("grown/*"))
+
+
+def test_a_child_that_is_there_outlives_a_mistake(grown_run: Path) -> None:
+    with pytest.raises(GrowError, match="az: no text to grow from"):
+        grow_in(grown_run, "az", corpus=["/nowhere/x.jsonl"])
+    assert (grown_run / "grown" / "az" / "experts" / "az" / "export" / "config.json").is_file()
 
 
 def test_a_file_that_the_run_reads_already_is_not_taken_twice(trained_run: Path) -> None:

@@ -38,7 +38,8 @@ class RouterData:
     fallback_weight: float = 0.01
     fallback_distance: list[float] | None = None  # squared distance to the nearest centre over trained text: median, quantile
     space: Any = None
-    centres: Tensor | None = None  # [trained experts, dimensions]
+    centres: Tensor | None = None  # [centres, dimensions]
+    centre_experts: list[int] | None = None  # [centres]: number of the expert; None: a centre each, in order
     decode: Callable[[list[int]], str] | None = None  # token ids to text, for a space that reads text and to detect languages
 
     @property
@@ -107,7 +108,7 @@ def _tfidf(data: RouterData) -> Router:
                 f"router tfidf: the vector space reads text (clusters.tfidf.analyzer = {space.analyzer.name}); give the router a tokenizer"
             )
         space = TextSpace(space, data.decode)
-    return TfidfRouter(space, data.centres, data.temperature, data.distance_power, trust)
+    return TfidfRouter(space, data.centres, data.temperature, data.distance_power, trust, data.centre_experts)
 
 
 _MAKERS: dict[str, Callable[[RouterData], Router]] = {

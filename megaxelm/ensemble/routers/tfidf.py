@@ -16,30 +16,49 @@ from megaxelm.errors import RoutingError
 
 
 class TfidfRouter(BaseRouter):
-    """w_e ~ exp(-d2_e^(power/2) / T), d2_e = squared distance of the text's vector to the centre of expert e (paper, section 3.3).
+    """w_e ~ exp(-d2_e^(power/2) / T), d2_e = squared distance of the text's vector to the centre of expert e (paper, section 3.3), to the
+    nearest where an expert has several.
 
     Before the first known term the text has no vector and the weights are uniform; with a fallback expert that one has them all. A token
     costs the same however long the text is: the vector is a sum that the terms of the token are added to.
 
     Args:
-        centres: [experts, dimensions].
+        centres: [centres, dimensions].
         distance_power: 2 is the paper's formula, 4 what its released code computes.
         trust: when the fallback expert is heard; None: there is none.
+        experts: number of the expert that each centre belongs to; None: a centre each, in order.
+
+    Raises:
+        RoutingError: a value out of range, or an expert without a centre.
     """
 
     name = "tfidf"
 
     def __init__(
-        self, space: Space, centres: Tensor, temperature: float, distance_power: int = 2, trust: DistanceTrust | None = None
+        self,
+        space: Space,
+        centres: Tensor,
+        temperature: float,
+        distance_power: int = 2,
+        trust: DistanceTrust | None = None,
+        experts: Sequence[int] | None = None,
     ) -> None:
         if not temperature > 0:
             raise RoutingError(f"ensemble.temperature = {temperature}: must be above 0")
         if distance_power not in (2, 4):
             raise RoutingError(f"ensemble.distance_power = {distance_power}: choose 2 (the paper) or 4 (its code)")
+        owners = list(range(len(centres))) if experts is None else list(experts)
+        trained = len(set(owners))
+        if len(owners) != len(centres) or sorted(set(owners)) != list(range(trained)):
+            raise RoutingError(
+                f"router tfidf: {len(centres)} centres of the experts {owners}: every expert needs one, and each is an expert's"
+            )
         self.space, self.centres = space, centres.to(torch.float64)
+        self._owners = None if owners == list(range(trained)) else torch.tensor(owners)
+        self._trained = trained
         self.temperature, self.distance_power, self.trust = temperature, distance_power, trust
-        self.fallback = None if trust is None else centres.shape[0]
-        self.num_experts = centres.shape[0] + (trust is not None)
+        self.fallback = None if trust is None else trained
+        self.num_experts = trained + (trust is not None)
 
     def log_weights(self, squared_distance: Tensor) -> Tensor:
         """Log weights [..., experts] of squared distances [..., experts] of the trained experts alone."""
@@ -54,11 +73,15 @@ class TfidfRouter(BaseRouter):
     def distances(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances [..., trained experts] of text vectors [..., dimensions], and whether anything is known of the text [...]."""
         vectors = vectors.to(torch.float64)
-        return (vectors.unsqueeze(-2) - self.centres).square().sum(-1), vectors.abs().amax(-1) > 0
+        distance = (vectors.unsqueeze(-2) - self.centres).square().sum(-1)
+        if self._owners is not None:
+            nearest = distance.new_full((*distance.shape[:-1], self._trained), torch.inf)
+            distance = nearest.scatter_reduce(-1, self._owners.expand_as(distance), distance, "amin")
+        return distance, vectors.abs().amax(-1) > 0
 
     def of_distances(self, distance: Tensor, known: Tensor) -> Tensor:
         """Log weights [..., experts] of what `distances` gives."""
-        log_w = torch.where(known.unsqueeze(-1), self.log_weights(distance), -math.log(self.centres.shape[0]))
+        log_w = torch.where(known.unsqueeze(-1), self.log_weights(distance), -math.log(self._trained))
         if self.trust is None:
             return log_w
         log_fallback, log_rest = self.trust.log_weights(distance.amin(-1))
