@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,8 @@ from megaxelm.recipe import load_recipe
 BASES = ("dense", "seed")
 OWN = "own"
 """The expert whose cluster holds a language, or most of it."""
+CENTRES = "-centres"
+"""End of the name of a run that is another's copy with `ensemble.centres: language`."""
 
 
 def main() -> None:
@@ -39,7 +42,7 @@ def main() -> None:
     for name in names:
         found = collect(options.runs / name, options.runs / options.base)
         path = options.out / f"{name.removeprefix('evidence-')}.json"
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(compact_json(found) + "\n", encoding="utf-8")
         print(f"{path}: {len(found['bits'])} models, {len(found['languages'])} languages", flush=True)
 
 
@@ -76,13 +79,15 @@ def collect(run: Path, base: Path) -> dict[str, Any]:
     }
     for file in ("ladder", "tasks"):
         path = run / "merged" / f"{file}.json"
-        if path.is_file():
+        if path.is_file() and not run.name.endswith(CENTRES):  # a copy has those of its original
             found[file] = read_json(path)
     for key, row in found.get("ladder", {}).get("models", {}).items():
         made = run / "merged" / key.removeprefix("merged:") / "merge.json"
         row["training_tokens"] = read_json(made)["facts"].get("training_tokens", 0) if made.is_file() else None
     if growth:
-        found["growth"] = _growth(documents, DocumentScores.load(base / "evaluation" / "documents.npz"), growth, old)
+        # Mixtures of a run with other centres are compared with those of the same centres.
+        same = base.with_name(f"{base.name}{CENTRES}") if run.name.endswith(CENTRES) else base
+        found["growth"] = _growth(documents, DocumentScores.load(same / "evaluation" / "documents.npz"), growth, old)
     return _rounded(found)
 
 
@@ -173,7 +178,9 @@ def _text_set(path: Path, base: Path, own: Mapping[str, str]) -> dict[str, Any]:
 
 def _settings(run: Path) -> dict[str, Any]:
     recipe = load_recipe(run / "recipe.yaml")
-    train, model = recipe.train, recipe.model
+    train = recipe.train
+    # Of what was trained: the recipe's own shape does not count where the seed was loaded.
+    model = read_json(next((run / "experts").glob("*/export/config.json")))
     return {
         "partitioner": recipe.clusters.partitioner,
         "k": len(read_json(run / "clusters" / "report.json")["names"]),
@@ -185,7 +192,7 @@ def _settings(run: Path) -> dict[str, Any]:
         "seed": train.seed,
         "precision": train.precision,
         "vocabulary": recipe.tokenizer.vocab_size,
-        "shape": f"{model.family}, {model.num_layers} layers, width {model.hidden_size}, FFN {model.intermediate_size}",
+        "shape": "{model_type}, {num_hidden_layers} layers, width {hidden_size}, FFN {intermediate_size}".format(**model),
         "max_documents": recipe.evaluation.max_documents,
         "evaluated_tokens": recipe.evaluation.sequence_length or train.sequence_length,
     }
@@ -215,6 +222,12 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def compact_json(value: Any) -> str:
+    """JSON with the innermost objects and lists on a line each: a third of the lines, and a change still shows where it is."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return re.sub(r"(?<=[\[{])\n *([^\[\]{}]*?)\n *(?=[\]}])", lambda found: re.sub(r"\n *", " ", found[1]), text)
 
 
 if __name__ == "__main__":

@@ -108,10 +108,13 @@ def growth(run: Found) -> str:
     return table(["language", "donor", "grown expert", "minus LAPT of dense", "minus LAPT of seed", "minus dense", "minus donor"], rows)
 
 
-def old_languages(run: Found, models: Mapping[str, str]) -> str:
-    """What growing, or continuing, did to the languages that were there before."""
+def old_languages(run: Found, models: Mapping[str, str], by_language: Found | None = None) -> str:
+    """What growing, or continuing, did to the languages that were there before. `by_language`: the same with a centre for each language."""
     found = run["growth"]["old_languages"]
     rows = [[f"mixture, {label}", change(found[model])] for model, label in models.items() if model in found]
+    if by_language:
+        changed = by_language["growth"]["old_languages"]["mixture:tfidf"]
+        rows.append([f"mixture, {models['mixture:tfidf']}, a centre for each language", change(changed)])
     for model, changed in found.items():
         if model.startswith("lapt:"):
             language, _, continued = model.removeprefix("lapt:").partition("-lapt-")

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.evidence import claims, tables
 
-CLUSTERINGS = ("typology-4", "typology-8", "typology-16", "rounds", "tfidf-4", "tfidf-8", "random-8", "lora-8")
+CLUSTERINGS = ("typology-4", "typology-8", "typology-8-centres", "typology-16", "rounds", "tfidf-4", "tfidf-8", "random-8", "lora-8")
 USES = {
     "own": "own expert",
     "mixture:language": "language router",

@@ -7,10 +7,18 @@ for recipe in typology-8 typology-4 typology-16 tfidf-4 tfidf-8 random-8 rounds 
   megaxelm run "recipes/evidence/$recipe.yaml"
 done
 
+copy() { [ -e "runs/$2" ] || { cp -a "runs/$1" "runs/$2.part" && mv "runs/$2.part" "runs/$2"; }; }
+
 # New languages, in a copy: the run that everything is compared with stays as it is.
-[ -e runs/evidence-grown ] || { cp -a runs/evidence-typology-8 runs/evidence-grown.part && mv runs/evidence-grown.part runs/evidence-grown; }
+copy evidence-typology-8 evidence-grown
 megaxelm grow runs/evidence-grown --languages az,he,pl,sv --lapt
 megaxelm evaluate runs/evidence-grown
+
+# The same experts with another way to find them: the router tfidf with a centre for each language.
+for run in typology-8 grown; do
+  copy "evidence-$run" "evidence-$run-centres"
+  megaxelm run recipes/evidence/typology-8.yaml --set "name=evidence-$run-centres" --set ensemble.centres=language
+done
 
 # One set of experts, used in many ways.
 megaxelm merge runs/evidence-typology-8 --into average

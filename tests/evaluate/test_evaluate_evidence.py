@@ -16,8 +16,8 @@ from evaluated import evaluate
 from tiny_run import REPOSITORY
 
 from benchmarks.evidence.claims import FAILS, HOLDS, OPEN, Claim, judge
-from benchmarks.evidence.collect import collect
-from benchmarks.evidence.tables import change
+from benchmarks.evidence.collect import collect, compact_json
+from benchmarks.evidence.tables import change, old_languages
 from benchmarks.evidence.write import page
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.recipe import Recipe
@@ -80,6 +80,14 @@ def test_rounds_are_compared_with_as_many_experts_branched_at_once(better: float
     assert verdict("Rounds", **{"typology-8": figures(GOOD), "typology-16": figures(GOOD), "rounds": rounds}) == expected
 
 
+def test_other_training_seeds_stand_beside_the_first_claim() -> None:
+    other = {code: -value for code, value in GOOD.items()}
+    (claim, alone) = (
+        judge(runs)[0] for runs in ({"typology-8": figures(GOOD), "typology-8-seed1": figures(other)}, {"typology-8": figures(GOOD)})
+    )
+    assert claim.by == f"{alone.by}; with other training seeds 0 better, {len(GOOD)} worse" and claim.verdict == alone.verdict == HOLDS
+
+
 @pytest.mark.parametrize("elsewhere, expected", [(2.5, HOLDS), (2.1, FAILS)])
 def test_a_wrong_choice_is_weighed_against_a_right_one(elsewhere: float, expected: str) -> None:
     run = figures(GOOD)
@@ -106,6 +114,29 @@ def grown(language: float, posterior: float, tfidf: float, *against_lapt: float)
 def test_old_languages_must_be_as_good_with_every_router(routers: tuple[float, float, float], expected: str) -> None:
     runs = {"typology-8": figures(GOOD), "grown": grown(*routers, -0.1)}
     assert verdict("without forgetting", **runs) == expected
+
+
+def test_centres_by_language_are_told_and_do_not_decide() -> None:
+    runs = {"typology-8": figures(GOOD), "grown": grown(0.0, 0.0, 0.05, -0.1), "grown-centres": grown(0.0, 0.0, 0.002, -0.1)}
+    (claim,) = (claim for claim in judge(runs) if "without forgetting" in claim.text)
+    assert claim.verdict == "holds in part"
+    assert (
+        "+0.050** [+0.049, +0.051] with TF-IDF" in claim.by and "(**+0.002** [+0.001, +0.003] with a centre for each language" in claim.by
+    )
+    uses = {"mixture:tfidf": "TF-IDF router"}
+    rows = old_languages(runs["grown"], uses, runs["grown-centres"]).splitlines()
+    assert rows[2:4] == [
+        "| mixture, TF-IDF router | **+0.050** [+0.049, +0.051] |",
+        "| mixture, TF-IDF router, a centre for each language | **+0.002** [+0.001, +0.003] |",
+    ]
+    assert len(old_languages(runs["grown"], uses).splitlines()) == len(rows) - 1
+
+
+def test_the_files_are_json_with_an_interval_a_line() -> None:
+    value = {"a": [{"value": 1.5, "low": 0.1}, {}, []], "b": {"c": [1, 2]}, "d, {e": "x [y]\n z", "f": None}
+    text = compact_json(value)
+    assert json.loads(text) == value
+    assert '{"value": 1.5, "low": 0.1}' in text and "[1, 2]" in text and text.count("\n") < json.dumps(value, indent=1).count("\n")
 
 
 @pytest.mark.parametrize(
