@@ -1,23 +1,27 @@
-# make demo | make test | make test-all | make lint | make docs | make clean
-# PYTHON names another interpreter for the environment, e.g. make PYTHON=python3.12 demo
+# make demo | make test | make test-slow | make test-all | make lint | make docs | make clean
+# PYTHON names another interpreter for the environment, e.g. make PYTHON=python3.12 demo; TEST_PROCESSES how many run the fast tests
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
+TEST_PROCESSES ?= 2
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-slow test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/megaxelm run recipes/demo.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not slurm and not gpu"
 
-test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu"
+# These start ranks and daemons that need the machine for themselves: one at a time.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu"
+
+test-all: test test-slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

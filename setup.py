@@ -67,6 +67,7 @@ setup(
         "scale": ["ray>=2.50", "s3fs>=2023.12.2"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.14",
             "mypy>=1.18",
