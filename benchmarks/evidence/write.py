@@ -1,4 +1,4 @@
-"""docs/results.md from the JSON files of the runs, so that no figure is typed by hand.
+"""docs/results.md and its picture from the JSON files of the runs, so that no figure is typed by hand.
 
 python -m benchmarks.evidence.write benchmarks/results/evidence docs/results.md
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.evidence import claims, tables
+from benchmarks.evidence import claims, plot, tables
 
 CLUSTERINGS = ("typology-4", "typology-8", "typology-8-centres", "typology-16", "rounds", "tfidf-4", "tfidf-8", "random-8", "lora-8")
 USES = {
@@ -25,6 +25,7 @@ USES = {
     "mixture:posterior@2": "posterior, m = 2",
     "mixture:uniform": "uniform weights",
 }
+PICTURE = "results.svg"
 RUN_ALL = Path("recipes/evidence/run.sh")
 
 
@@ -35,7 +36,14 @@ def main() -> None:
     options = parser.parse_args()
     runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.results.glob("*.json"))}
     options.page.write_text(page(runs), encoding="utf-8")
-    print(options.page)
+    picture = options.page.with_name(PICTURE)
+    picture.write_text(plot.draw(drawn(runs)), encoding="utf-8")
+    print(options.page, picture)
+
+
+def drawn(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, plot.Series]:
+    """What the picture shows of the runs."""
+    return plot.panels(runs, [name for name in CLUSTERINGS if name in runs])
 
 
 def page(runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -52,6 +60,7 @@ def page(runs: Mapping[str, Mapping[str, Any]]) -> str:
         clusterings={name: runs[name] for name in CLUSTERINGS if name in runs},
         seeds=seeds if len(seeds) > 1 else {},
         uses=USES,
+        picture=PICTURE,
         ladder_commands=_commands(RUN_ALL, ("merge", "ladder")),
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"

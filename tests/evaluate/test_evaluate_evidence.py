@@ -17,8 +17,9 @@ from tiny_run import REPOSITORY
 
 from benchmarks.evidence.claims import FAILS, HOLDS, OPEN, Claim, judge
 from benchmarks.evidence.collect import collect, compact_json
+from benchmarks.evidence.plot import digest, draw
 from benchmarks.evidence.tables import change, old_languages
-from benchmarks.evidence.write import page
+from benchmarks.evidence.write import PICTURE, drawn, page
 from megaxelm.evaluate.documents import DocumentScores
 from megaxelm.recipe import Recipe
 
@@ -220,3 +221,21 @@ def test_the_page_is_what_its_figures_say() -> None:
     changed = copy.deepcopy(runs)
     changed["typology-8"]["against"]["dense"]["own"]["mean"]["value"] += 0.5
     assert page(changed) != page(runs)
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="no results are committed")
+def test_the_picture_is_that_of_its_figures() -> None:
+    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    assert digest(drawn(runs)) in (REPOSITORY / "docs" / PICTURE).read_text(encoding="utf-8")
+    changed = copy.deepcopy(runs)
+    changed["grown"]["growth"]["experts"][0]["against"]["lapt:az-lapt-dense"]["value"] += 0.5
+    assert digest(drawn(changed)) != digest(drawn(runs))
+
+
+def test_the_picture_draws_what_there_is() -> None:
+    alone = {"typology-8": figures(GOOD) | {"settings": {"k": 8}}}
+    svg = draw(drawn(alone))
+    assert svg == draw(drawn(alone)), "the same bytes for the same figures"
+    assert all(f">{label}</text>" in svg for label in (*GOOD, "8 experts", "typology-8", "posterior router")) and "LAPT" not in svg
+    with_growth = draw(drawn(alone | {"grown": grown(0.0, 0.0, 0.0, -0.1, 0.1)}))
+    assert all(f">{label}</text>" in with_growth for label in ("Grown expert minus LAPT", "of the dense model"))
