@@ -21,6 +21,7 @@ from megaxelm.plan.memory import Work, plan_memory
 from megaxelm.recipe import load_recipe
 from megaxelm.train import bench
 from megaxelm.train.ds_config import find_ds_config, read_ds_config
+from megaxelm.train.precision import choose_precision
 from megaxelm.train.shape import model_shape
 from megaxelm_kernels.backend import choose_kernels
 
@@ -49,7 +50,8 @@ def main() -> None:
         every = {"none": 0, "full": 1}.get(kind) if not kind.isdigit() else int(kind)
         train = recipe.train
         kernels = choose_kernels(train.kernels, "cuda" if cuda else "cpu")
-        work = Work(row.case.micro_batch_size, train.sequence_length, every or 0, train.loss_chunk_rows, train.precision, kernels)
+        precision = choose_precision(train.precision, cuda)
+        work = Work(row.case.micro_batch_size, train.sequence_length, every or 0, train.loss_chunk_rows, precision, kernels)
         plan = plan_memory(shape, read_ds_config(find_ds_config(row.case.config)), recipe.train.num_devices, work, cuda).total
         found.append(asdict(row) | {"planned_memory": plan})
         if row.peak_memory:

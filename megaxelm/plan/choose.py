@@ -13,6 +13,7 @@ from megaxelm.model.source import Lora
 from megaxelm.plan.memory import MARGIN, Memory, Work, plan_memory
 from megaxelm.recipe import Recipe
 from megaxelm.train.ds_config import find_ds_config, micro_batch, read_ds_config
+from megaxelm.train.precision import choose_precision
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "long-context", "zero2-offload", "zero3-offload")
 # Time of a step in comparison with ZeRO 1, by rule of thumb, to put what fits in order; `megaxelm bench train` measures it.
@@ -67,6 +68,7 @@ def options(
     share = train.batch_sequences // world_size
     sizes = sorted({micro_batch(share, 2**power) for power in range(share.bit_length())} | {micro_batch(share, train.micro_batch_size)})
     found = []
+    precision = choose_precision(train.precision, cuda=True)
     for name in configs:
         config = read_ds_config(find_ds_config(name))
         for checkpointing in ("none", "full"):
@@ -75,7 +77,7 @@ def options(
             for size in sizes:
                 every = int(checkpointing == "full")
                 kernels = "torch" if train.kernels == "torch" or train.compile else "triton"
-                work = Work(size, train.sequence_length, every, train.loss_chunk_rows, train.precision, kernels)
+                work = Work(size, train.sequence_length, every, train.loss_chunk_rows, precision, kernels)
                 memory = plan_memory(shape, config, world_size, work, cuda=True, lora=lora)
                 found.append(Option(name, size, checkpointing, memory, memory.total <= device_bytes * (1 - MARGIN)))
     return sorted(found, key=lambda option: _time(option, train.sequence_length))

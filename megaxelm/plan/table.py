@@ -17,6 +17,7 @@ from megaxelm.plan.memory import MARGIN, padded_parameters
 from megaxelm.recipe import Recipe
 from megaxelm.train.members import account, expected_members
 from megaxelm.train.metrics import read_metrics
+from megaxelm.train.precision import choose_precision
 from megaxelm.train.throughput import PEAK_TFLOPS, attended, matmul_parameters, peak_tflops, token_flops
 
 
@@ -52,7 +53,7 @@ def make_plan(
     members = expected_members(recipe, [f"cluster-{number}" for number in range(k)]) if k else {}
     table = account(members) if members else None
     seen = attended([train.sequence_length], shape.sliding_window) / train.sequence_length
-    state = 14 if train.precision != "fp32" else 16
+    state = 14 if choose_precision(train.precision, cuda=True) != "fp32" else 16
     plan: dict[str, Any] = {
         "parameters": num_parameters(shape),
         "padded_parameters": padded_parameters(shape),

@@ -73,8 +73,9 @@ class TrainConfig(Section):
     """AdamW: decoupled weight decay, on matrices only."""
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute type; with bf16 and fp16 the optimiser keeps fp32 weights. fp16 scales the loss dynamically."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute type; with bf16 and fp16 the optimiser keeps fp32 weights. fp16 scales the loss dynamically. `auto`: bf16 where the device
+    multiplies it in hardware, else fp32; which it was is printed and kept with the model."""
     document_mask: bool = True
     """Documents packed into one sequence do not see each other. False is the way of the published runs."""
     language_alpha: float = Field(1.0, ge=0, le=1)

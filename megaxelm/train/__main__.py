@@ -25,6 +25,7 @@ from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.environment import Processes, check_compiler, check_device, find_processes
 from megaxelm.train.extensions import extensions_folder, remove_stale_locks
 from megaxelm.train.members import Member
+from megaxelm.train.precision import on_device, precision_notes
 from megaxelm.train.preemption import catch_signals
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ def _train_member(
     if cuda:
         check_device(processes, torch.cuda.device_count())
     device = torch.device("cuda", processes.local_rank) if cuda else torch.device("cpu")
+    if processes.rank == 0:
+        for note in precision_notes(recipe, cuda):
+            print(note, flush=True)
+    recipe = on_device(recipe, cuda)
     ds_config = fill_ds_config(
         find_ds_config(deepspeed_config or recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda
     )

@@ -27,6 +27,7 @@ from megaxelm.train.ds_config import fill_ds_config, find_ds_config
 from megaxelm.train.environment import check_compiler, find_processes
 from megaxelm.train.extensions import extensions_folder
 from megaxelm.train.members import Member
+from megaxelm.train.precision import on_device
 from megaxelm.train.shape import model_shape
 
 
@@ -83,6 +84,7 @@ def _bench(options: argparse.Namespace) -> None:
     device = torch.device("cuda", processes.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    recipe = on_device(recipe, cuda)
     member = bench_member(recipe, options.steps + 1)
     ds_config = fill_ds_config(find_ds_config(recipe.train.deepspeed_config), recipe.train, member, processes.world_size, cuda)
     join_process_group(cuda)

@@ -11,6 +11,7 @@ from megaxelm.errors import TrainError
 from megaxelm.recipe import TrainConfig
 from megaxelm.train.ds_keys import UNUSED, check_keys
 from megaxelm.train.members import Member
+from megaxelm.train.precision import choose_precision
 
 
 def find_ds_config(name: str) -> Path:
@@ -55,7 +56,7 @@ def check_ds_config(path: Path, train: TrainConfig) -> dict[str, Any]:
     """What can be said of a configuration before a model, a device and a number of ranks are known.
 
     Returns:
-        The configuration with everything filled but the batch sizes and the learning rate.
+        The configuration with everything filled but the batch sizes and the learning rate, and the precision where that is `auto`.
 
     Raises:
         TrainError: a wrong key or value, or one that contradicts the recipe.
@@ -64,13 +65,13 @@ def check_ds_config(path: Path, train: TrainConfig) -> dict[str, Any]:
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     wanted: dict[str, Any] = {
         "gradient_clipping": train.gradient_clipping,
-        "bf16.enabled": train.precision == "bf16",
-        "fp16.enabled": train.precision == "fp16",
         "optimizer.type": "AdamW",
         "optimizer.params.betas": [train.beta1, train.beta2],
         "optimizer.params.eps": train.eps,
         "optimizer.params.weight_decay": train.weight_decay,
     }
+    if train.precision != "auto":  # which a device settles
+        wanted |= {"bf16.enabled": train.precision == "bf16", "fp16.enabled": train.precision == "fp16"}
     for dotted, value in wanted.items():
         _fill(config, dotted, value, path)
     _refuse_unused(config, path)
@@ -86,6 +87,7 @@ def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: i
     Raises:
         TrainError: as `check_ds_config`; a batch that the ranks cannot share; a precision that the device does not have.
     """
+    train = train.model_copy(update={"precision": choose_precision(train.precision, cuda)})
     config = check_ds_config(path, train)
     shared = train.sequence_parallel
     if world_size % shared:
@@ -117,7 +119,6 @@ def fill_ds_config(path: Path, train: TrainConfig, member: Member, world_size: i
     left = [key for key, value in _leaves(config) if value == "auto"]
     if left:
         raise TrainError(f"{path}: `auto` cannot be filled for {', '.join(left)}: write a value")
-    _check_device(train.precision, cuda)
     return config
 
 
@@ -187,16 +188,6 @@ def _check_activation_checkpointing(config: dict[str, Any], train: TrainConfig, 
             f"{path}: it has a section `activation_checkpointing`, and the recipe says train.activation_checkpointing = none: set it to "
             "full or a number, or take the section out"
         )
-
-
-def _check_device(precision: str, cuda: bool) -> None:
-    import torch
-
-    if precision == "fp16" and not cuda and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise TrainError("train.precision = fp16: this CPU has no half-precision arithmetic; choose bf16 or fp32, or train on a GPU")
-    if precision == "bf16" and cuda and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        raise TrainError(f"train.precision = bf16: {name} has no bfloat16 arithmetic; choose fp16 or fp32")
 
 
 def _fill(config: dict[str, Any], dotted: str, value: Any, path: Path) -> None:

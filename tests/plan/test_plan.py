@@ -176,7 +176,7 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
 LARGE = TREE | {
     "tokenizer": {"vocab_size": 8192},
     "model": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "intermediate_size": 2816, "max_positions": 512},
-    "train": {"sequence_length": 64, "batch_sequences": 2, "micro_batch_size": 1},
+    "train": {"sequence_length": 64, "batch_sequences": 2, "micro_batch_size": 1, "precision": "bf16"},
     "clusters": {"k": 2},
 }
 

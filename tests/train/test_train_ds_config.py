@@ -15,7 +15,7 @@ RECIPE = parse_recipe(
         "name": "t",
         "corpus": {"train": "x"},
         "clusters": {"k": 2},
-        "train": {"batch_sequences": 24, "micro_batch_size": 4, "gradient_clipping": 0.5},
+        "train": {"batch_sequences": 24, "micro_batch_size": 4, "gradient_clipping": 0.5, "precision": "bf16"},
     }
 )
 DENSE = plan_members(RECIPE, ["a", "b"])["dense"]
