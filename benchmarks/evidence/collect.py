@@ -181,6 +181,7 @@ def _settings(run: Path) -> dict[str, Any]:
     train = recipe.train
     # Of what was trained: the recipe's own shape does not count where the seed was loaded.
     model = read_json(next((run / "experts").glob("*/export/config.json")))
+    choices = next((run / "experts").glob("*/choices.json"), None)
     return {
         "partitioner": recipe.clusters.partitioner,
         "k": len(read_json(run / "clusters" / "report.json")["names"]),
@@ -190,7 +191,7 @@ def _settings(run: Path) -> dict[str, Any]:
         "lr": train.lr,
         "schedule": train.schedule,
         "seed": train.seed,
-        "precision": train.precision,
+        "precision": read_json(choices)["precision"] if choices else train.precision,
         "vocabulary": recipe.tokenizer.vocab_size,
         "shape": "{model_type}, {num_hidden_layers} layers, width {hidden_size}, FFN {intermediate_size}".format(**model),
         "max_documents": recipe.evaluation.max_documents,

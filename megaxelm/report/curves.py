@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megaxelm.report.data import Curve, RunData
-from megaxelm.report.svg import BLUE, GREY, INK, MUTED, Drawing, light_grid, new_figure, to_svg, wrap
+from megaxelm.report.svg import BLUE, GREY, INK, MUTED, ORANGE, Drawing, light_grid, new_figure, to_svg, wrap
 from megaxelm.report.verdict import format_count
 
 _MAX_POINTS = 240
@@ -16,20 +16,23 @@ _COLUMNS = 4
 
 
 def draw_curves(run: RunData) -> Drawing | None:
-    """Loss of seed, dense and all experts against the tokens that the weights have seen, ancestors included."""
+    """Loss of all models against the tokens that the weights have seen, ancestors included."""
     if not run.curves:
         return None
     figure = new_figure(3.7)
     axes = figure.subplots()
     ends: list[tuple[str, float, float, str]] = []
-    experts = [name for name in run.curves if name not in ("seed", "dense")]
+    continued = [name for name in run.curves if name in run.members and run.members[name].kind == "lapt"]
+    experts = [name for name in run.curves if name not in ("seed", "dense", *continued)]
+    thin = (*experts, *continued)
     branch = 0.0
     for name, curve in run.curves.items():
         start = _tokens_before(run, name)
         tokens, loss = _thin(curve)
-        colour, width, style = (BLUE, 1.0, "-") if name in experts else (INK, 2.0, "--") if name == "dense" else (GREY, 2.0, "-")
-        axes.plot(start + tokens, loss, color=colour, linewidth=width, linestyle=style, alpha=0.75 if name in experts else 1.0)
-        if name not in experts:
+        colour = BLUE if name in experts else ORANGE if name in continued else INK if name == "dense" else GREY
+        width, alpha = (1.0, 0.75) if name in thin else (2.0, 1.0)
+        axes.plot(start + tokens, loss, color=colour, linewidth=width, linestyle="--" if name == "dense" else "-", alpha=alpha)
+        if name not in thin:
             ends.append((name, start + tokens[-1], loss[-1], colour))
         if name != "seed":
             branch = max(branch, start) if run.members.get(name) is None or run.members[name].parent == "seed" else branch
@@ -39,11 +42,8 @@ def draw_curves(run: RunData) -> Drawing | None:
             "branch", (branch, 1), xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points", va="top", color=MUTED
         )
     handles = [line for line in axes.get_lines() if line.get_linestyle() != ":"]
-    names = list(run.curves)
-    legend = {
-        ("seed" if n == "seed" else "dense" if n == "dense" else f"experts ({len(experts)})"): h
-        for n, h in zip(names, handles, strict=True)
-    }
+    groups = {name: f"experts ({len(experts)})" for name in experts} | {name: f"continued ({len(continued)})" for name in continued}
+    legend = {groups.get(name, name): handle for name, handle in zip(run.curves, handles, strict=True)}
     axes.legend(legend.values(), legend.keys(), loc="upper right")
     axes.set_xlabel("training tokens that the weights have seen, those of the ancestors included")
     axes.set_ylabel("loss (nats per token)")
@@ -59,6 +59,8 @@ def draw_curves(run: RunData) -> Drawing | None:
             "all experts see together. Each expert is scored on the text of its own cluster, so these lines show that training went well, "
             "not who is better: for that see the held-out comparison above."
         )
+    if continued:
+        caption += " Continued: what grown experts are compared with (LAPT)."
     return Drawing(to_svg(figure, "curves", "Training loss against tokens"), caption + _thinning(run))
 
 

@@ -70,7 +70,7 @@ def draw_heat(
                 color="#ffffff" if shade > 0.3 else "#1b1b1b", style="italic" if unclear(row, column) else "normal",
             )  # fmt: skip
             if framed(row, column):
-                axes.add_patch(Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, fill=False, edgecolor="#000000", linewidth=2.2))
+                axes.add_patch(Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, fill=False, edgecolor="#000000", linewidth=2.2, zorder=3))
     for column in gaps:
         axes.axvline(column - 0.5, color="#ffffff", linewidth=4)
     for side in axes.spines.values():

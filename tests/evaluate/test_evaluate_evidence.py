@@ -183,6 +183,7 @@ def evaluated_run(make_run: Callable[..., Path], make_recipe: Callable[..., Reci
             {"saved": 2},
         ]
         (run / "experts" / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "experts" / "en" / "choices.json").write_text(json.dumps({"precision": "fp16"}))
     evaluate(run, recipe)
     return run
 
@@ -198,7 +199,7 @@ def test_figures_are_those_of_the_evaluation(evaluated_run: Path, tmp_path: Path
     dense = found["bits"]["dense"]["mean"]["value"]
     assert found["against"]["dense"]["own"]["mean"]["value"] == pytest.approx(found["bits"]["own"]["mean"]["value"] - dense, abs=1e-4)
     assert found["languages"]["en"]["read"] == {"own": 20, "dense": 40} and found["languages"]["ja"]["read"]["own"] is None
-    assert found["settings"]["k"] == 3 and "forgetting" in found and json.dumps(found)
+    assert found["settings"]["k"] == 3 and found["settings"]["precision"] == "fp16" and "forgetting" in found and json.dumps(found)
     text = page({"typology-8": found})
     assert "## Verdicts" in text and "| en |" in text and "## New languages" not in text
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megaxelm.report.curves import _tokens_before
+from megaxelm.report.curves import _tokens_before, draw_curves
 from megaxelm.report.load import load_run
 from megaxelm.report.page import render_page
 
@@ -50,3 +50,13 @@ def test_curves_are_found_where_the_lineage_says_and_begin_after_all_ancestors(r
     assert set(loaded.curves) == {"seed", "dense", "ar-az", "bg-de", "sv"}
     assert any("no training curve of round1-all" in line for line in loaded.missing)
     assert _tokens_before(loaded, "sv") == 1_048_576 + 7_000 + 524_288
+
+
+def test_continued_models_are_no_experts_in_the_curves(run: Path) -> None:
+    alone = draw_curves(load_run(run))
+    assert alone and ">experts (3)</text>" in alone.svg and "continued" not in alone.svg and "LAPT" not in alone.caption
+    lineage = json.loads((run / "lineage.json").read_text())
+    lineage["experts"]["sv"] |= {"kind": "lapt", "parent": "dense"}
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    drawing = draw_curves(load_run(run))
+    assert drawing and ">experts (2)</text>" in drawing.svg and ">continued (1)</text>" in drawing.svg and "(LAPT)" in drawing.caption
