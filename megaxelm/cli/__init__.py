@@ -14,6 +14,7 @@ import typer
 
 from megaxelm import __version__
 from megaxelm.cli import cluster, forgetting, generate, grow, index, lineage, merge, models, plan, recipe, router, run, score, serve
+from megaxelm.cli.words import SeveralWords
 from megaxelm.console import end_on_signals, run_guarded
 
 app = typer.Typer(
@@ -25,7 +26,8 @@ _VERBS: list[Callable[..., None]] = [
     *(models.export, generate.generate, score.score, serve.serve, plan.plan),
 ]
 for verb in _VERBS:
-    app.command(context_settings={"allow_extra_args": verb is run.submit})(verb)  # `submit` hands what follows -- to sbatch
+    several = SeveralWords if verb in (grow.grow, grow.drop) else None
+    app.command(cls=several, context_settings={"allow_extra_args": verb is run.submit})(verb)  # `submit` hands what follows -- to sbatch
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(index.app, name="index")

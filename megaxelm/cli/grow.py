@@ -11,7 +11,7 @@ from megaxelm.cli.options import RUNS, RunArgument, RunsOption, SetOption, open_
 
 def grow(
     run: RunArgument,
-    languages: Annotated[list[str], typer.Option(help="New languages, by comma, e.g. az,he,pl,sv.")],
+    languages: Annotated[list[str], typer.Option(help="New languages: az,he,pl,sv, or az he pl sv behind RUN.")],
     corpus: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,8 +51,8 @@ def grow(
 
 def drop(
     run: RunArgument,
-    languages: Annotated[list[str] | None, typer.Option(help="Languages, by comma.")] = None,
-    experts: Annotated[list[str] | None, typer.Option(help="Experts, by comma.")] = None,
+    languages: Annotated[list[str] | None, typer.Option(help="Languages: az,sv, or az sv behind RUN.")] = None,
+    experts: Annotated[list[str] | None, typer.Option(help="Experts, in the same way.")] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Bring them back.")] = False,
     runs: RunsOption = RUNS,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megaxelm.cli import app
+from megaxelm.cli.words import repeat_options
 from megaxelm.console import run_guarded
 from megaxelm.errors import GrowError
 from megaxelm.grow.make import GrowOptions
@@ -45,6 +46,23 @@ def test_every_option_of_grow_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> N
     assert options == GrowOptions(["az", "he", "sv"], ["c.jsonl"], ["v.jsonl"], "bits", 0.5, 7, True, True, True, ["train.lr=1"])
     assert command(monkeypatch, called, "grow", "--languages", "az") == 0
     assert called.given == (GrowOptions(["az"], (), (), "auto", 0.25, None, False, False, False, ()),)
+
+
+def test_several_words_are_several_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Called()
+    assert command(monkeypatch, called, "grow", *"--languages az he,pl sv --corpus a b --lapt --valid=c d --steps 3".split()) == 0
+    (options,) = called.given
+    assert options == GrowOptions(["az", "he", "pl", "sv"], ["a", "b"], ["c", "d"], steps=3, lapt=True)
+    assert command(monkeypatch, called, "drop", "--experts", "a", "b", "--undo") == 0
+    assert called.given == ([], ["a", "b"], True)
+
+
+def test_a_run_behind_its_options_is_no_value_of_them() -> None:
+    words = ["--lapt", "--languages", "az", "runs/x"]
+    assert repeat_options(words, {"--languages"}) == words
+    assert repeat_options(["runs/x", *words[:3]], {"--languages"}) == ["runs/x", *words[:3]]
+    assert repeat_options(["x", "--donor", "a", "b", "--languages"], {"--languages"}) == ["x", "--donor", "a", "b", "--languages"]
+    assert repeat_options([], {"--languages"}) == []
 
 
 def test_grow_says_that_there_is_nothing_to_do_where_nothing_was_trained(
