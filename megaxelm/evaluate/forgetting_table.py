@@ -14,7 +14,8 @@ from rich.text import Text
 
 from megaxelm.evaluate.table import column_groups
 
-_GAP = 1
+_GAP = 2
+"""A space behind a cell, and one to the next."""
 _SUMMARY = 80
 """Columns that the summary needs beside long names, which wrap."""
 
@@ -44,7 +45,7 @@ def print_forgetting(found: Mapping[str, Any], file: TextIO | None = None, width
     title = f"change of perplexity against the {against} model, per cent (below 0 is better; * own languages)"
     console.print(title, soft_wrap=True)
     for codes in column_groups(found["languages"], sizes, width - first):
-        table = Table(box=SIMPLE_HEAD, padding=(0, _GAP, 0, 0), pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("model", width=first - _GAP)
         for code in codes:
             table.add_column(code, justify="right", width=sizes[code] - _GAP)

@@ -213,4 +213,14 @@ def test_the_table_cuts_no_figure(width: int, tmp_path: Path) -> None:
     for row in found["models"].values():
         for cell in row["change"].get("baseline", {}).values():
             assert f"{cell['perplexity_percent']:+.1f}" in words
+    assert max(map(len, text.getvalue().partition("expert ")[0].splitlines()[1:])) <= max(width, 80)
     assert "…" not in text.getvalue() and "-25.0*" in text.getvalue() and "+160.0*" not in text.getvalue()
+
+
+@pytest.mark.parametrize("width", range(90, 170, 10))
+def test_a_wide_table_cuts_no_figure_just_where_it_fits(width: int, tmp_path: Path) -> None:
+    codes = [f"l{number}" for number in range(16)]
+    rows = [["expert", *codes], ["baseline", *["20.0"] * 16], *([f"expert-{row}", *[f"{18 + 0.1 * row}"] * 16] for row in range(3))]
+    text = io.StringIO()
+    print_forgetting(table(tmp_path, "\n".join(",".join(row) for row in rows)), text, width)
+    assert "…" not in text.getvalue() and text.getvalue().count("-10.0*") == 16
