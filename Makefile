@@ -6,6 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 TEST_PROCESSES ?= 2
+# Their slow tests start ranks, daemons and Ray, which need the machine for themselves: one at a time.
+LAUNCHING := tests/corpus tests/grow tests/merge tests/plan tests/run tests/slurm tests/train
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 .PHONY: demo test test-slow test-all lint docs clean
@@ -17,9 +19,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not slurm and not gpu"
 
-# These start ranks and daemons that need the machine for themselves: one at a time.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "(slow or slurm) and not gpu" $(LAUNCHING:%=--ignore=%)
+	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu" --durations=25 $(LAUNCHING)
 
 test-all: test test-slow
 

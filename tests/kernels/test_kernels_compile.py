@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 FOLDER = Path(__file__).parent
+CASES = sorted(path.stem for path in (FOLDER / "compile_cases").glob("*.py"))
 SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}  # CUDA C++ Programming Guide, technical specifications
 
 
@@ -36,7 +37,7 @@ def check(found: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "compile_cases").glob("*.py")))
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_compile_for_three_generations(name: str) -> None:
     rows = compiled(FOLDER / "compile_cases" / f"{name}.py")
     assert {row["architecture"] for row in rows} == set(SHARED_LIMIT)
@@ -44,14 +45,20 @@ def test_kernels_compile_for_three_generations(name: str) -> None:
         check(row)
 
 
-@pytest.mark.slow
-def test_kernels_compile_by_the_oldest_triton_that_is_supported(tmp_path: Path) -> None:
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
+@pytest.fixture(scope="module")
+def oldest_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "triton==3.6.0"]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"triton 3.6.0 cannot be fetched: {done.stderr[-200:]}")
-    for cases in sorted((FOLDER / "compile_cases").glob("*.py")):
-        rows = compiled(cases, extra_path=str(tmp_path))
-        assert {row["triton"] for row in rows} == {"3.6.0"}
-        for row in rows:
-            check(row)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compile_by_the_oldest_triton_that_is_supported(name: str, oldest_triton: Path) -> None:
+    rows = compiled(FOLDER / "compile_cases" / f"{name}.py", extra_path=str(oldest_triton))
+    assert {row["architecture"] for row in rows} == set(SHARED_LIMIT) and {row["triton"] for row in rows} == {"3.6.0"}
+    for row in rows:
+        check(row)
