@@ -41,20 +41,16 @@ def panels(runs: Mapping[str, Found], clusterings: Sequence[str]) -> dict[str, S
     }
     found = {"Own expert minus dense, by language": by_language, "Mean of all languages minus dense": by_run}
     if "grown" in runs:
-        grown = {
-            ", ".join(item["languages"]): {base: value for key, value in item["against"].items() for base in _continued(key)}
-            for item in runs["grown"]["growth"]["experts"]
-        }
         found["Grown expert minus LAPT"] = {
-            f"of the {base}": {code: values[base] for code, values in grown.items() if base in values} for base in ("dense model", "seed")
+            f"of the {base}": {
+                ", ".join(item["languages"]): value
+                for item in runs["grown"]["growth"]["experts"]
+                for model, value in item["against"].items()
+                if model.endswith(ending)
+            }
+            for base, ending in (("dense model", "-lapt-dense"), ("seed", "-lapt-seed"))
         }
     return found
-
-
-def _continued(model: str) -> list[str]:
-    """What a comparison continued: the dense model or the seed; empty for all other models."""
-    base = model.rpartition("-lapt-")[2] if model.startswith("lapt:") else ""
-    return [{"dense": "dense model", "seed": "seed"}[base]] if base else []
 
 
 def draw(found: Mapping[str, Series]) -> str:

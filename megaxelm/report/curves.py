@@ -21,19 +21,15 @@ def draw_curves(run: RunData) -> Drawing | None:
         return None
     figure = new_figure(3.7)
     axes = figure.subplots()
-    ends: list[tuple[str, float, float, str]] = []
     continued = [name for name in run.curves if name in run.members and run.members[name].kind == "lapt"]
     experts = [name for name in run.curves if name not in ("seed", "dense", *continued)]
-    thin = (*experts, *continued)
     branch = 0.0
     for name, curve in run.curves.items():
         start = _tokens_before(run, name)
         tokens, loss = _thin(curve)
         colour = BLUE if name in experts else ORANGE if name in continued else INK if name == "dense" else GREY
-        width, alpha = (1.0, 0.75) if name in thin else (2.0, 1.0)
+        width, alpha = (1.0, 0.75) if name in (*experts, *continued) else (2.0, 1.0)
         axes.plot(start + tokens, loss, color=colour, linewidth=width, linestyle="--" if name == "dense" else "-", alpha=alpha)
-        if name not in thin:
-            ends.append((name, start + tokens[-1], loss[-1], colour))
         if name != "seed":
             branch = max(branch, start) if run.members.get(name) is None or run.members[name].parent == "seed" else branch
     if branch:

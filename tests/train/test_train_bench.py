@@ -19,7 +19,7 @@ TREE = {
     "clusters": {"k": 2},
     "tokenizer": {"vocab_size": 512},
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64},
-    "train": {"sequence_length": 32, "batch_sequences": 12, "micro_batch_size": 4, "precision": "fp32", "num_devices": 2},
+    "train": {"sequence_length": 32, "batch_sequences": 12, "micro_batch_size": 4, "precision": "auto", "num_devices": 2},
 }
 
 
